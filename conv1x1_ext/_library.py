@@ -1,0 +1,83 @@
+"""Loads the compiled library and talks to the parts of it that are not operators on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _find() -> Path:
+    here = Path(__file__).resolve().parent
+    for path in sorted(here.glob("_C*.so")):
+        return path
+    raise ImportError(
+        f"conv1x1_ext: the compiled library _C*.so is not in {here}. Install the package (pip install .), and import it "
+        "from outside its source folder, or build in place with: python setup.py build_ext --inplace"
+    )
+
+
+path = _find()
+try:
+    torch.ops.load_library(str(path))
+except OSError as error:
+    raise ImportError(
+        f"conv1x1_ext: {path.name} does not load with torch {torch.__version__}; it needs torch >= 2.10. ({error})"
+    ) from error
+
+_check = ctypes.CDLL(str(path)).conv1x1_ext_check
+_check.argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_char_p, ctypes.c_int64]
+_check.restype = ctypes.c_int
+
+# Values of c10::ScalarType and c10::DeviceType, as the stable ABI fixes them.
+_SCALAR_TYPES = {
+    torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6,
+    torch.float64: 7, torch.complex32: 8, torch.complex64: 9, torch.complex128: 10, torch.bool: 11, torch.bfloat16: 15,
+}  # fmt: skip
+_DEVICE_TYPES = {"cpu": 0, "cuda": 1, "meta": 14}
+_MAX_DIMS = 8
+
+
+def _size(size: int | torch.SymInt) -> int | None:
+    if isinstance(size, int):
+        return size
+    hint: int | None = size.node.hint if hasattr(size.node, "hint") else None
+    return hint
+
+
+def check_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int], groups: int
+) -> None:
+    """Raises for fake or meta tensors exactly what the kernels raise for real ones.
+
+    Symbolic sizes are checked by their example values, without guards: the kernel checks again at run time. Sizes with
+    no example value (data-dependent ones) are left to the kernel alone.
+
+    Raises:
+        RuntimeError: as the operator would, with the same message.
+    """
+    values: list[int] = []
+    for tensor in (input, weight, bias, residual):
+        if tensor is None:
+            values += [0] * (5 + _MAX_DIMS)
+            continue
+        sizes = [_size(s) for s in tensor.shape[:_MAX_DIMS]]
+        if any(s is None for s in sizes):
+            return
+        index = tensor.device.index
+        values += [1, _SCALAR_TYPES.get(tensor.dtype, -1), _DEVICE_TYPES.get(tensor.device.type, -1)]
+        values += [-1 if index is None else index, tensor.dim()]
+        values += [s for s in sizes if s is not None] + [0] * (_MAX_DIMS - len(sizes))
+    values += [len(stride), *list(stride[:3]), *([1] * (3 - len(stride))), groups]
+    message = ctypes.create_string_buffer(1024)
+    if not _check((ctypes.c_int64 * len(values))(*values), message, len(message) - 1):
+        raise RuntimeError(message.value.decode())
+
+
+def key_values(text: str) -> dict[str, Any]:
+    """The "key=value" lines of the library's reports."""
+    return dict(line.split("=", 1) for line in text.splitlines())

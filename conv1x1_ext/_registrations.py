@@ -1,0 +1,319 @@
+"""What torch must know about the public operators: fake tensors, autograd, vmap, FLOPs. Imported once, for effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _library
+from .ops import ACTIVATIONS, MASKED, activation_name, backward_formula
+
+_ops = torch.ops.conv1x1_ext
+_aten = torch.ops.aten
+
+# activation'(z) * grad by torch's own, differentiable functions.
+_derivatives: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda grad, z: grad,
+    "relu": lambda grad, z: _aten.threshold_backward(grad, z, 0),
+    "relu6": lambda grad, z: _aten.hardtanh_backward(grad, z, 0.0, 6.0),
+    "silu": lambda grad, z: _aten.silu_backward(grad, z),
+    "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
+    "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
+}
+assert set(_derivatives) == {activation_name(a) for a in ACTIVATIONS}
+
+
+# ---- fake tensors -------------------------------------------------------------------------------------------------
+
+
+def _empty_output(input: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> Tensor:
+    spatial = weight.dim() - 2
+    strides = list(stride) * spatial if len(stride) == 1 else list(stride)
+    if any(s == 0 for s in input.shape[-spatial:]):  # torch's convolution raises here; ours is empty
+        sizes = [0 if s == 0 else (s - 1) // t + 1 for s, t in zip(input.shape[-spatial:], strides, strict=True)]
+        channels = 0 if input.shape[-spatial - 1] == 0 else weight.shape[0]
+        return input.new_empty([*input.shape[: -spatial - 1], channels, *sizes])
+    batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    zeros, ones = [0] * spatial, [1] * spatial
+    if input.dtype in (torch.float16, torch.bfloat16):
+        # For half types torch's choice of strides depends on the CPU; ours is always its choice for float32.
+        batched, weight = batched.to(torch.float32), weight.to(torch.float32)
+    output: Tensor = _aten.convolution.default(batched, weight, None, strides, zeros, ones, False, zeros, groups)
+    output = output if input.dim() == weight.dim() else output.squeeze(0)
+    return output if output.dtype == input.dtype else input.new_empty_strided(output.shape, output.stride())
+
+
+def _empty_input_grad(input: Tensor) -> Tensor:
+    return torch.empty(
+        input.shape,
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=torch._prims_common.suggest_memory_format(input),
+    )
+
+
+def _empty_weight_grad(weight: Tensor) -> Tensor:
+    (n_out, n_in), (s_out, s_in) = weight.shape[:2], weight.stride()[:2]
+    row_major = (n_in == 1 or s_in == 1) and (n_out == 1 or s_out == n_in)
+    column_major = (n_out == 1 or s_out == 1) and (n_in == 1 or s_in == n_out)
+    if row_major or column_major:
+        return weight.new_empty_strided(weight.shape, weight.stride())
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("conv1x1_ext::conv1x1")
+def _conv1x1_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    groups: int,
+    activation: str,
+    allow_tf32: bool,
+) -> Tensor:
+    _library.check_fake(input, weight, bias, residual, stride, groups)
+    return _empty_output(input, weight, stride, groups)
+
+
+@torch.library.register_fake("conv1x1_ext::conv1x1_backward")
+def _conv1x1_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    stride: Sequence[int],
+    groups: int,
+    activation: str,
+    allow_tf32: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, ...]:
+    _library.check_fake(input, weight, None, None, stride, groups)
+    return (
+        _empty_input_grad(input) if need_input else None,
+        _empty_weight_grad(weight) if need_weight else None,
+        weight.new_empty(weight.shape[:1]) if need_bias else None,
+        _empty_output(input, weight, stride, groups) if need_residual else None,
+    )
+
+
+@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool")
+def _avg_pool_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, allow_tf32: bool
+) -> Tensor:
+    _library.check_fake(input, weight, bias, None, [1], groups)
+    batch = input.shape[: input.dim() - weight.dim() + 1]
+    return input.new_empty([*batch, 0 if input.shape[len(batch)] == 0 else weight.shape[0]])
+
+
+@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool_backward")
+def _avg_pool_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    allow_tf32: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, ...]:
+    _library.check_fake(input, weight, bias, None, [1], groups)
+    return (
+        _empty_input_grad(input) if need_input else None,
+        _empty_weight_grad(weight) if need_weight else None,
+        weight.new_empty(weight.shape[:1]) if need_bias else None,
+    )
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _conv1x1_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, residual, *ctx.plain = inputs
+    activation = ctx.plain[2]
+    from_output = activation == "none" or activation in MASKED
+    # The functional never lets SiLU and its like get here with a gradient; a direct call recomputes z.
+    extra = (output if activation in MASKED else None,) if from_output else (bias, residual)
+    ctx.save_for_backward(input, weight, *extra)
+
+
+def _conv1x1_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, *extra = ctx.saved_tensors
+    stride, groups, activation, allow_tf32 = ctx.plain
+    output = None
+    if len(extra) == 2:
+        z = _ops.conv1x1(input, weight, *extra, stride, groups, "none", allow_tf32)
+        grad, activation = _derivatives[activation](grad, z), "none"
+    else:
+        (output,) = extra
+    need = tuple(ctx.needs_input_grad[:4])
+    grads = backward_formula(grad, input, weight, output, stride, groups, activation, allow_tf32, need)
+    return *grads, None, None, None, None
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    grad_output, input, weight, y, *ctx.plain = inputs
+    ctx.save_for_backward(grad_output, input, weight, y)
+
+
+def _backward_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Second derivatives. The mask is a constant almost everywhere, so the backward is linear in dz = dy * mask."""
+    ddx, ddw, ddbias, ddz = grads
+    grad_output, input, weight, output = ctx.saved_tensors
+    stride, groups, activation, allow_tf32 = ctx.plain[:4]
+    need_grad, need_input, need_weight = ctx.needs_input_grad[:3]
+
+    def conv(x: Tensor, w: Tensor) -> Tensor:
+        result: Tensor = _ops.conv1x1(x, w, None, None, stride, groups, "none", allow_tf32)
+        return result
+
+    def gradient(x: Tensor, w: Tensor, which: int) -> Tensor:
+        wanted = [which == i for i in range(4)]
+        result: Tensor = _ops.conv1x1_backward(
+            grad_output, x, w, output, stride, groups, activation, allow_tf32, *wanted
+        )[which]
+        return result
+
+    d_grad = None
+    if need_grad:
+        terms = [] if ddz is None else [ddz]
+        terms += [] if ddx is None else [conv(ddx, weight)]
+        terms += [] if ddw is None else [conv(input, ddw)]
+        terms += [] if ddbias is None else [ddbias.reshape([-1] + [1] * (weight.dim() - 2)).expand_as(grad_output)]
+        d_grad = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(grad_output)
+        d_grad = d_grad if output is None else _derivatives[activation](d_grad, output)
+    d_input = gradient(input, ddw, 0) if need_input and ddw is not None else None
+    d_weight = gradient(ddx, weight, 1) if need_weight and ddx is not None else None
+    return d_grad, d_input, d_weight, None, *([None] * 8)
+
+
+def _avg_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, *ctx.plain = inputs
+    ctx.save_for_backward(input, weight, bias)
+
+
+def _avg_pool_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias = ctx.saved_tensors
+    groups, activation, allow_tf32 = ctx.plain
+    need = ctx.needs_input_grad[:3]
+    if not torch.is_grad_enabled():
+        grads = _ops.conv1x1_avg_pool_backward(grad, input, weight, bias, *ctx.plain, *need)
+    else:  # create_graph: by differentiable operators, which do hold the pre-activation
+        z = _ops.conv1x1(input, weight, bias, None, [1], groups, "none", allow_tf32)
+        spatial = weight.dim() - 2
+        pixels = max(z.shape[-spatial:].numel(), 1)
+        dz = _derivatives[activation](grad.reshape([*grad.shape] + [1] * spatial).expand_as(z) / pixels, z)
+        grads = backward_formula(dz, input, weight, None, [1], groups, "none", allow_tf32, (*need, False))[:3]
+    return *grads, None, None, None
+
+
+def _not_differentiable(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "conv1x1_avg_pool_backward: not differentiable itself; differentiate conv1x1_avg_pool twice with create_graph=True"
+    )
+
+
+torch.library.register_autograd("conv1x1_ext::conv1x1", _conv1x1_autograd, setup_context=_conv1x1_setup)
+torch.library.register_autograd("conv1x1_ext::conv1x1_backward", _backward_autograd, setup_context=_backward_setup)
+torch.library.register_autograd("conv1x1_ext::conv1x1_avg_pool", _avg_pool_autograd, setup_context=_avg_pool_setup)
+torch.library.register_autograd("conv1x1_ext::conv1x1_avg_pool_backward", _not_differentiable)
+
+
+# ---- vmap ---------------------------------------------------------------------------------------------------------
+
+
+def _per_example(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """One call per example: right for any mixture of batched arguments."""
+    results = []
+    for i in range(info.batch_size):
+        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(None if r[0] is None else torch.stack(r) for r in zip(*results, strict=True))
+    return stacked, tuple(None if s is None else 0 for s in stacked)
+
+
+def _fold_batch(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """A batched input (and residual) with one weight: the vmapped dimension joins the images' in a single call."""
+    input, weight = args[:2]
+    unbatched = in_dims[0] is not None and input.dim() - 1 == weight.dim() - 1
+    residual_dim = in_dims[3] if op is _ops.conv1x1.default else None
+    residual = args[3] if op is _ops.conv1x1.default else None
+    shared = in_dims[1] is None and in_dims[2] is None and (residual is None or residual_dim is not None)
+    if in_dims[0] is None or not shared:
+        return _per_example(op, info, in_dims, args)
+
+    def fold(t: Tensor, dim: int) -> Tensor:
+        t = t.movedim(dim, 0)
+        return t if unbatched else t.flatten(0, 1)
+
+    rest = list(args[2:])
+    if residual is not None:
+        rest[1] = fold(residual, residual_dim)
+    output = op(fold(input, in_dims[0]), weight, *rest)
+    return (output if unbatched else output.unflatten(0, (info.batch_size, -1))), 0
+
+
+def _register_vmap(name: str, fold: bool) -> None:
+    op = getattr(_ops, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _fold_batch(op, info, in_dims, *args) if fold else _per_example(op, info, in_dims, args)
+
+    torch.library.register_vmap(f"conv1x1_ext::{name}", rule)
+
+
+for _name, _fold in (
+    ("conv1x1", True),
+    ("conv1x1_avg_pool", True),
+    ("conv1x1_backward", False),
+    ("conv1x1_avg_pool_backward", False),
+):
+    _register_vmap(_name, _fold)
+
+
+# ---- FLOPs: two a multiply-add, as torch counts a convolution -------------------------------------------------------
+
+
+def _flops(input_shape: Sequence[int], weight_shape: Sequence[int], stride: Sequence[int]) -> int:
+    spatial = len(weight_shape) - 2
+    strides = list(stride) * spatial if len(stride) == 1 else stride
+    flops = 2 * weight_shape[0] * weight_shape[1]
+    for s in input_shape[: len(input_shape) - spatial - 1]:
+        flops *= s
+    for s, t in zip(input_shape[len(input_shape) - spatial :], strides, strict=True):
+        flops *= 0 if s == 0 else (s - 1) // t + 1
+    return flops
+
+
+@register_flop_formula(_ops.conv1x1)
+def _conv1x1_flops(input: Any, weight: Any, bias: Any, residual: Any, stride: Any, *args: Any, **kwargs: Any) -> int:
+    return _flops(input, weight, stride)
+
+
+@register_flop_formula(_ops.conv1x1_backward)
+def _backward_flops(
+    grad_output: Any, input: Any, weight: Any, output: Any, stride: Any, groups: Any, activation: Any, allow_tf32: Any,
+    need_input: bool, need_weight: bool, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _flops(input, weight, stride) * (need_input + need_weight)
+
+
+@register_flop_formula(_ops.conv1x1_avg_pool)
+def _avg_pool_flops(input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return _flops(input, weight, [1])
+
+
+@register_flop_formula(_ops.conv1x1_avg_pool_backward)
+def _avg_pool_backward_flops(grad_output: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    need_input, need_weight = args[4:6]
+    return _flops(input, weight, [1]) * (1 + need_input + need_weight)  # the pre-activation is recomputed

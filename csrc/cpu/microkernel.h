@@ -1,0 +1,102 @@
+// The contract of a microkernel and of the packed panels. Torch-free; no intrinsics here.
+//
+// A microkernel computes one tile, acc(i, j) = sum_k A(i, k) * B(k, j), i < m <= MR, j < n <= NR: a single accumulator
+// per output, k ascending, one multiply-add a step. That chain is all that decides a result's bits, so tiles of any
+// shape agree.
+//
+//   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]
+//          k=0  a00 a10 a20 .. a(MR-1)0             a_rows[0] -> a00 a01 a02 a03 ..      (k contiguous)
+//          k=1  a01 a11 a21 ..                      a_rows[1] -> a10 a11 a12 a13 ..
+//
+//   B(k, j) = b[k * ldb + j]                 C(i, j) = c[i * ld + j]
+//          k=0  b00 b01 b02 .. b0(NR-1)             a packed panel is this with ldb = the tile's whole vectors,
+//          k=1  b10 b11 b12 ..                      columns past n filled with zeros
+//
+// Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
+// Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "../problem.h"
+
+namespace conv1x1 {
+
+struct Axis;
+struct Matrix;
+
+constexpr int kMaxMr = 8, kMaxNv = 3, kMaxNr = 48;
+
+enum class AccessA : int { kRows = 0, kCols = 1 };
+
+// dz = dy where the mask lets it through. Written so that a NaN output passes the gradient, as in torch.
+enum class Mask : int { kNone, kReLU, kReLU6 };
+
+// min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
+struct Epilogue {
+  const void* bias_m = nullptr;  // one per row of the tile
+  const void* bias_n = nullptr;  // one per column
+  const void* residual = nullptr;
+  int64_t ld_residual = 0;
+  double lower = 0, upper = 0;
+};
+
+struct TileArgs {
+  int64_t k = 0, n = 0;
+  const void* const* a_rows = nullptr;
+  const void* a = nullptr;
+  int64_t lda = 0;
+  const void* b = nullptr;
+  int64_t ldb = 0;
+  const void* c_in = nullptr;
+  int64_t ld_in = 0;
+  void* c_out = nullptr;
+  int64_t ld_out = 0;
+  const Epilogue* epilogue = nullptr;
+};
+
+using TileFn = void (*)(const TileArgs&);
+
+// Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
+// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k].
+using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
+                        int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
+// dst(row r0 + i, col c0 + j) = tile[i * ld + j], converting.
+using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, const Axis& col, int64_t c0, int64_t nc,
+                          const void* tile, int64_t ld);
+// In place on a tile: SiLU, Hardswish, GELU.
+using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
+
+struct Microkernel {
+  const char* name;
+  const char* isa;
+  DType dtype;  // of the arithmetic: float32 or float64
+  int mr, nr, vector;
+  TileFn fn[2][kMaxMr][kMaxNv];  // [access][m - 1][vectors - 1]
+  // Indexed by the dtype in memory; null where the pair makes no sense.
+  PackFn pack_k_major[4];
+  PackFn pack_r_major[4];
+  UnpackFn unpack[4];
+  ActivateFn activate;
+};
+
+// dispatch.cpp
+struct KernelSet {
+  const char* isa;
+  const Microkernel* float32;
+  const Microkernel* float64;
+  const Microkernel& for_dtype(DType t) const { return t == DType::kFloat64 ? *float64 : *float32; }
+};
+
+struct KernelTable {
+  const Microkernel* const* kernels;
+  size_t count;
+};
+KernelTable all_microkernels();                    // whatever this library was built with, best last
+bool isa_supported(const std::string& isa);        // by this CPU and operating system
+// The set that CONV1X1_ISA asks for, or the best one this CPU runs; null, and why, where it cannot be had.
+const KernelSet* selected_kernels(std::string* error);
+
+}  // namespace conv1x1

@@ -1,0 +1,70 @@
+// AVX-512 tiles: 24 of the 32 registers accumulate, 3 hold B, 1 the broadcast A. Listed by dispatch.cpp.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../gemm.h"
+
+CONV1X1_TARGET_BEGIN("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+namespace conv1x1 {
+namespace {
+
+#include "packing.inc"
+// clang-format off: the includes build on each other
+#include "activations.inc"
+// clang-format on
+
+struct Avx512Float32 {
+  using T = float;
+  using Reg = __m512;
+  using Mask = __mmask16;
+  static constexpr int kWidth = 16;
+  static Mask first(int64_t n) { return n >= 16 ? Mask(0xffff) : Mask((1u << n) - 1); }
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set1(T x) { return _mm512_set1_ps(x); }
+  static Reg load(const T* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const T* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
+  static void store(T* p, Reg x) { _mm512_storeu_ps(p, x); }
+  static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_ps(p, m, x); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg limit, Reg x) { return _mm512_max_ps(limit, x); }  // returns x where either is NaN
+  static Reg min(Reg limit, Reg x) { return _mm512_min_ps(limit, x); }
+};
+
+struct Avx512Float64 {
+  using T = double;
+  using Reg = __m512d;
+  using Mask = __mmask8;
+  static constexpr int kWidth = 8;
+  static Mask first(int64_t n) { return n >= 8 ? Mask(0xff) : Mask((1u << n) - 1); }
+  static Reg zero() { return _mm512_setzero_pd(); }
+  static Reg set1(T x) { return _mm512_set1_pd(x); }
+  static Reg load(const T* p) { return _mm512_loadu_pd(p); }
+  static Reg load(const T* p, Mask m) { return _mm512_maskz_loadu_pd(m, p); }
+  static void store(T* p, Reg x) { _mm512_storeu_pd(p, x); }
+  static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_pd(p, m, x); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg max(Reg limit, Reg x) { return _mm512_max_pd(limit, x); }
+  static Reg min(Reg limit, Reg x) { return _mm512_min_pd(limit, x); }
+};
+
+#include "tile.inc"
+
+}  // namespace
+
+Microkernel make_avx512_float32() {
+  return make_microkernel<Avx512Float32, 8, 3>("float32_8x48_avx512", "avx512", DType::kFloat32);
+}
+Microkernel make_avx512_float64() {
+  return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);
+}
+
+}  // namespace conv1x1
+CONV1X1_TARGET_END
+#endif

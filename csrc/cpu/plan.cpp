@@ -1,0 +1,199 @@
+// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. Pure; explain() prints its result.
+//
+// The only choices that decide bits are kc, the k-slices and the packed length over which bias gradients are summed;
+// none of them looks at the thread count, and for y and dx none looks at the batch.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "gemm.h"
+
+namespace conv1x1 {
+namespace {
+
+constexpr int64_t kBlockK = 128;            // one accumulator chain: 256 was 1.4 times less accurate
+constexpr int64_t kMinSlice = 2048;         // wgrad: shortest k-slice worth a partial result
+constexpr int64_t kMaxPartials = 1 << 21;   // wgrad: elements of partial results
+constexpr int64_t kMaxSlices = 64;
+constexpr double kWorkPerThread = 150e3;    // multiply-adds that pay for entering a parallel region (about 1 us)
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (found > 0) return clamp(found, 256 << 10, 2 << 20);
+#endif
+    return static_cast<int64_t>(512 << 10);
+  }();
+  return bytes;
+}
+
+// Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
+bool b_readable(const GemmProblem& p, bool half) {
+  const Axis& col = p.b.col;
+  return !half && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 &&
+         (col.linear() || col.inner_size() % p.n_segment == 0);
+}
+
+// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel
+// is read several times.
+bool b_conflicts(const GemmProblem& p, int64_t element, int64_t m_tiles) {
+  const int64_t pitch = p.b.row.inner_stride() * element;
+  return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024));
+}
+
+void choose_operands(const GemmProblem& p, Plan& plan, bool half, int64_t element) {
+  const Microkernel& kernel = *plan.kernel;
+  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, 1, kernel.mr);
+
+  // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
+  int64_t segment = p.n_segment;
+  const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
+  bool direct = b_readable(p, half) && !b_conflicts(p, element, plan.m.count());
+  if (!p.pool && segment != p.n && (direct ? full < 0.85 && p.m >= 64 : full < 0.95)) {
+    segment = p.n;
+    direct = direct && p.b.col.linear();
+  }
+  plan.n = Tiling(p.n, segment, kernel.vector, kernel.nr / kernel.vector);
+  plan.b = direct ? Operand::kDirect : (p.b_is_weight ? Operand::kPackOnce : Operand::kPackBlock);
+
+  const bool unit_k = p.a.col.inner_stride() == 1;
+  plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
+  const bool a_rows = unit_k && p.a.col.linear();
+  const bool a_cols = !unit_k && p.a.col.linear() && p.a.row.linear() && p.a.row.inner_stride() == 1;
+  // Sums of A's rows are taken from packed panels.
+  if (!half && !p.a.aux && !p.row_sums.data && (a_rows || a_cols))
+    plan.a = Operand::kDirect;
+  else
+    plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
+}
+
+void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
+  plan.kc = kBlockK;
+  plan.slice = p.k;
+  if (p.split_k) {
+    const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
+    const int64_t slices = clamp(std::min(p.k / kMinSlice, kMaxPartials / mn), 1, kMaxSlices);
+    plan.slice = round_up(ceil_div(p.k, slices), plan.kc);
+    plan.slices = std::max<int64_t>(ceil_div(p.k, plan.slice), 1);
+  }
+  const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
+  const int64_t longest = p.split_k ? 2 * plan.kc : std::max(l2_bytes() / 2 / (plan.kernel->nr * element), plan.kc);
+  plan.k_step = packs && plan.slice > longest ? plan.kc : std::max<int64_t>(plan.slice, 1);
+}
+
+// B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles.
+void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
+  const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr;
+  const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
+  const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
+  plan.block_n = clamp(l2 / (carried ? 4 : 2) / (nr * plan.k_step * element), 1, tiles_n);
+  plan.block_m = tiles_m;
+  if (plan.a == Operand::kPackBlock) plan.block_m = clamp(l2 / 4 / (mr * plan.k_step * element), 1, tiles_m);
+  if (carried) plan.block_m = clamp(l2 / 4 / (mr * nr * plan.block_n * element), 1, plan.block_m);
+  (void)p;
+}
+
+// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do.
+void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
+  const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
+  const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));
+  plan.part_g = plan.part_k = plan.part_m = plan.part_n = plan.threads = 1;
+  if (threads == 1) return;
+  // Pooled pixels of one image stay with one thread: their sum has one order.
+  const int64_t units_m = p.pool && !p.pool_along_n ? plan.m.segments : plan.m.count();
+  const int64_t units_n = p.pool && p.pool_along_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
+  const double tile = 12, pack_a = plan.a == Operand::kPackBlock ? 3 : 0, pack_b = plan.b == Operand::kPackBlock ? 12 : 0;
+  double best = 1e300;
+  const int most_g = static_cast<int>(std::min<int64_t>(p.groups, threads));
+  for (int g = 1; g <= most_g; g = g == most_g ? most_g + 1 : most_g) {
+    const int most_k = static_cast<int>(std::min<int64_t>(plan.slices, threads / g));
+    for (int k = 1; k <= most_k; ++k) {
+      const int most_m = static_cast<int>(std::min<int64_t>(units_m, threads / (g * k)));
+      for (int m = 1; m <= most_m; ++m) {
+        const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
+        const double tm = static_cast<double>(ceil_div(units_m, m)), tn = static_cast<double>(ceil_div(units_n, n));
+        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+                            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.block_n) + tn * pack_b);
+        if (cost < best * 0.999) {
+          best = cost;
+          plan.part_g = g;
+          plan.part_k = k;
+          plan.part_m = m;
+          plan.part_n = n;
+        }
+      }
+    }
+  }
+  plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
+}
+
+void size_workspace(const GemmProblem& p, Plan& plan, bool half, int64_t element) {
+  const auto bytes = [](int64_t n) { return round_up(n, 64); };
+  const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr;
+  if (plan.a == Operand::kPackOnce) plan.once_a = bytes(p.groups * p.m * p.k * element);
+  if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * p.k * element);
+  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * mr * plan.k_step * element);
+  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * nr * plan.k_step * element);
+  const int64_t carried = plan.k_step < plan.slice ? plan.block_m * plan.block_n : 0;
+  plan.accumulators = bytes((carried + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
+  if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
+  if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
+  if (p.bias.data && (half || p.bias.stride != 1)) plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
+}
+
+const char* name_of(Operand o) {
+  return o == Operand::kDirect ? "read in place" : (o == Operand::kPackOnce ? "packed once" : "packed by block");
+}
+
+}  // namespace
+
+Tiling::Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units)
+    : segment(segment_length), unit(unit_) {
+  if (total <= 0 || segment <= 0) return;
+  segments = total / segment;
+  vectors = ceil_div(segment, unit);
+  per_segment = ceil_div(vectors, max_units);
+}
+
+int64_t Plan::per_thread() const { return block_a + block_b + accumulators; }
+int64_t Plan::total() const { return once_a + once_b + partials + sums + bias + threads * per_thread(); }
+
+Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) {
+  Plan plan;
+  plan.kernel = &kernels.for_dtype(p.dtype);
+  const int64_t element = dtype_size(plan.kernel->dtype);
+  const bool half = p.dtype != plan.kernel->dtype;
+  choose_operands(p, plan, half, element);
+  choose_k(p, plan, element);
+  choose_blocks(p, plan, element);
+  choose_partition(p, plan, max_threads);
+  size_workspace(p, plan, half, element);
+  return plan;
+}
+
+std::string describe(const GemmProblem& p, const Plan& plan) {
+  char text[1024];
+  std::snprintf(
+      text, sizeof text,
+      "kernel=%s\nisa=%s\ndtype=%s\ngemm=m %lld, n %lld, k %lld, groups %lld\nA=%s, %s\nB=%s\n"
+      "tiles=%lld x %lld of at most %d x %d%s\nblock=%lld x %lld tiles, k %lld by chains of %lld\nk_slices=%lld\n"
+      "threads=%d (groups %d, k %d, m %d, n %d)\nworkspace_bytes=%lld",
+      plan.kernel->name, plan.kernel->isa, dtype_name(p.dtype), static_cast<long long>(p.m),
+      static_cast<long long>(p.n), static_cast<long long>(p.k), static_cast<long long>(p.groups), name_of(plan.a),
+      plan.a_access == AccessA::kRows ? "k contiguous" : "m contiguous", name_of(plan.b),
+      static_cast<long long>(plan.m.count()), static_cast<long long>(plan.n.count()), plan.kernel->mr, plan.kernel->nr,
+      plan.n.segment != p.n_segment ? ", spanning images" : "", static_cast<long long>(plan.block_m),
+      static_cast<long long>(plan.block_n), static_cast<long long>(plan.k_step), static_cast<long long>(plan.kc),
+      static_cast<long long>(plan.slices), plan.threads, plan.part_g, plan.part_k, plan.part_m, plan.part_n,
+      static_cast<long long>(plan.total()));
+  return text;
+}
+
+}  // namespace conv1x1

@@ -1,0 +1,140 @@
+// The microkernel table for tests and microbenchmarks: NumPy arrays in, no torch. Built by bench/microkernel_table.py with
+// torch.utils.cpp_extension.load, from the same sources and flags as the library, which itself keeps no Python symbol.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <vector>
+
+#include "gemm.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using conv1x1::AccessA;
+using conv1x1::Microkernel;
+
+const Microkernel& find(const std::string& name) {
+  const conv1x1::KernelTable table = conv1x1::all_microkernels();
+  for (size_t i = 0; i < table.count; ++i)
+    if (name == table.kernels[i]->name) return *table.kernels[i];
+  throw std::invalid_argument("no microkernel '" + name + "' on this machine");
+}
+
+std::vector<py::dict> list() {
+  std::vector<py::dict> kernels;
+  const conv1x1::KernelTable table = conv1x1::all_microkernels();
+  for (size_t i = 0; i < table.count; ++i) {
+    const Microkernel& k = *table.kernels[i];
+    py::dict d;
+    d["name"] = k.name;
+    d["isa"] = k.isa;
+    d["dtype"] = conv1x1::dtype_name(k.dtype);
+    d["mr"] = k.mr;
+    d["nr"] = k.nr;
+    d["vector"] = k.vector;
+    kernels.push_back(d);
+  }
+  return kernels;
+}
+
+template <class T>
+struct Call {
+  conv1x1::TileArgs args;
+  conv1x1::Epilogue epilogue;
+  std::vector<const void*> rows;
+  conv1x1::TileFn fn;
+};
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place.
+template <class T>
+Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const Array<T>& b, Array<T>& out, int64_t n) {
+  Call<T> call;
+  const int64_t m = a.shape(rows ? 0 : 1), k = a.shape(rows ? 1 : 0);
+  if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n || out.shape(0) < m ||
+      out.shape(1) < n)
+    throw std::invalid_argument("shapes do not fit the microkernel");
+  const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
+  call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
+  for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
+  call.args.k = k;
+  call.args.n = n;
+  call.args.a = a.data();
+  call.args.lda = m;
+  call.args.b = b.data();
+  call.args.ldb = b.shape(1);
+  call.args.c_out = out.mutable_data();
+  call.args.ld_out = out.shape(1);
+  return call;
+}
+
+template <class T>
+void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int64_t n, py::object c_in,
+         py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue) {
+  const Microkernel& kernel = find(name);
+  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8)) throw std::invalid_argument("dtype");
+  Call<T> call = prepare<T>(kernel, rows, a, b, out, n);
+  call.args.a_rows = call.rows.data();
+  const auto pointer = [](const py::object& o) -> const T* {
+    return o.is_none() ? nullptr : o.cast<Array<T>>().data();
+  };
+  call.args.c_in = pointer(c_in);
+  call.args.ld_in = c_in.is_none() ? 0 : c_in.cast<Array<T>>().shape(1);
+  call.epilogue.bias_m = pointer(bias_m);
+  call.epilogue.bias_n = pointer(bias_n);
+  call.epilogue.residual = pointer(residual);
+  call.epilogue.ld_residual = residual.is_none() ? 0 : residual.cast<Array<T>>().shape(1);
+  call.epilogue.lower = lower;
+  call.epilogue.upper = upper;
+  call.args.epilogue = with_epilogue ? &call.epilogue : nullptr;
+  call.fn(call.args);
+}
+
+// Best GFLOP/s of `rounds` rounds of `calls` whole tiles of one microkernel, operands in cache.
+template <class T>
+double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int rounds, int calls) {
+  const Microkernel& kernel = find(name);
+  Call<T> call = prepare<T>(kernel, rows, a, b, out, kernel.nr);
+  call.args.a_rows = call.rows.data();
+  double best = 0;
+  for (int r = 0; r < rounds; ++r) {
+    const auto begin = std::chrono::steady_clock::now();
+    for (int c = 0; c < calls; ++c) call.fn(call.args);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    const double rate = 2.0 * static_cast<double>(call.args.k) * kernel.mr * kernel.nr * calls / seconds / 1e9;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+template <class T>
+void activate(const std::string& name, Array<T> tile, int activation) {
+  find(name).activate(tile.mutable_data(), tile.shape(1), tile.shape(0), tile.shape(1),
+                      static_cast<conv1x1::Activation>(activation));
+}
+
+template <class T>
+void define(py::module_& m) {
+  m.def("run", &run<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
+        py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0, py::arg("upper") = 0.0,
+        py::arg("with_epilogue") = false);
+  m.def("time", &time_tile<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"), py::call_guard<py::gil_scoped_release>());
+  m.def("activate", &activate<T>, py::arg("name"), py::arg("tile").noconvert(), py::arg("activation"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "conv1x1_ext's microkernel table, torch-free";
+  m.def("list", &list);
+  define<float>(m);
+  define<double>(m);
+}

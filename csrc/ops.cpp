@@ -1,0 +1,64 @@
+// SCHEMA: every operator of the library, at a glance. Kernels register themselves in cpu/conv1x1_cpu.cpp.
+//
+// Public operators take plain arguments and carry autograd, fake and vmap rules (conv1x1_ext/ops.py). Private ones
+// (leading underscore) are the eager fast path: no autograd, and stride, groups and activation in one integer, since
+// every argument costs about 0.2 us a call. `allow_tf32` is read by float32 CUDA kernels only.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+
+#include "tensor_checks.h"
+
+STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
+  m.def(
+      "conv1x1(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int groups, str activation, "
+      "bool allow_tf32) -> Tensor");
+  m.def(
+      "conv1x1_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int[] stride, int groups, "
+      "str activation, bool allow_tf32, bool need_input, bool need_weight, bool need_bias, bool need_residual) "
+      "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "conv1x1_avg_pool(Tensor input, Tensor weight, Tensor? bias, int groups, str activation, bool allow_tf32) "
+      "-> Tensor");
+  m.def(
+      "conv1x1_avg_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int groups, "
+      "str activation, bool allow_tf32, bool need_input, bool need_weight, bool need_bias) "
+      "-> (Tensor?, Tensor?, Tensor?)");
+
+  m.def("_fprop(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int config) -> Tensor");
+  m.def(
+      "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int config, int wanted) "
+      "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
+
+  m.def(
+      "_explain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int groups, str activation, "
+      "str direction) -> str");
+  m.def("_build_info() -> str");
+}
+
+// The same checks for fake tensors, called through ctypes with plain integers. For input, weight, bias, residual:
+// defined, dtype, device type, device index, ndim, sizes[8]; then stride count, stride[3], groups.
+// Returns whether the arguments are good; otherwise the message is in `message`.
+extern "C" __attribute__((visibility("default"))) int conv1x1_ext_check(const int64_t* values, char* message,
+                                                                       int64_t capacity) {
+  using namespace conv1x1;
+  ConvArgs args;
+  for (TensorInfo* t : {&args.input, &args.weight, &args.bias, &args.residual}) {
+    t->defined = values[0] != 0;
+    t->dtype = static_cast<int>(values[1]);
+    t->device_type = static_cast<int>(values[2]);
+    t->device_index = static_cast<int>(values[3]);
+    t->ndim = values[4];
+    t->size = values + 5;
+    values += 13;
+  }
+  args.stride_count = values[0];
+  std::string error = check_stride_count(args.stride_count);
+  if (error.empty()) {
+    for (int d = 0; d < 3; ++d) args.stride[d] = values[1 + d];
+    args.groups = values[4];
+    error = check_conv(args);
+  }
+  std::strncpy(message, error.c_str(), static_cast<size_t>(capacity));
+  return error.empty();
+}

@@ -1,0 +1,69 @@
+// What a 1x1 convolution is, without torch: the only thing the binding hands to the kernels.
+// Every tensor is seen as (N, C, D, H, W) with strides in elements; missing spatial dimensions have size 1.
+// Filled by conv1x1_cpu.cpp, read by cpu/lower.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace conv1x1 {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// The order is the one of the private operators' config integer and of conv1x1_ext/ops.py.
+enum class Activation : int32_t { kNone, kReLU, kReLU6, kSiLU, kHardswish, kGELU };
+constexpr int kActivationCount = 6;
+
+inline const char* activation_name(Activation a) {
+  constexpr const char* names[kActivationCount] = {"none", "relu", "relu6", "silu", "hardswish", "gelu"};
+  return names[static_cast<int>(a)];
+}
+
+// Its derivative is a function of the output y alone: autograd saves y and never the pre-activation.
+inline bool masks_from_output(Activation a) {
+  return a == Activation::kNone || a == Activation::kReLU || a == Activation::kReLU6;
+}
+
+inline int64_t dtype_size(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
+
+inline const char* dtype_name(DType t) {
+  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(t)];
+}
+
+struct ActivationView {  // input, output, residual or one of their gradients
+  void* data = nullptr;
+  int64_t stride[5] = {0, 0, 0, 0, 0};  // N C D H W
+};
+
+struct WeightView {
+  void* data = nullptr;
+  int64_t stride_out = 0, stride_in = 0;  // along C_out, along C_in / groups
+};
+
+struct VectorView {  // bias or its gradient, C_out elements
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Conv1x1Problem {
+  DType dtype = DType::kFloat32;
+  Activation activation = Activation::kNone;
+  int64_t batch = 0, c_in = 0, c_out = 0, groups = 1;
+  int64_t in_size[3] = {1, 1, 1};   // D H W of input
+  int64_t out_size[3] = {1, 1, 1};  // D H W of output
+  int64_t stride[3] = {1, 1, 1};
+  // forward: y = activation(W x + bias + residual)
+  ActivationView x, y, residual;
+  WeightView w;
+  VectorView bias;
+  // backward: dz = dy * activation'(y); a null data pointer means "not wanted"
+  ActivationView dy, dx;
+  WeightView dw;
+  VectorView dbias;
+  bool accumulate_dw = false;  // dw += and dbias += instead of =
+
+  int64_t pixels() const { return out_size[0] * out_size[1] * out_size[2]; }  // per image
+  bool strided() const { return stride[0] != 1 || stride[1] != 1 || stride[2] != 1; }
+};
+
+}  // namespace conv1x1

@@ -1,0 +1,65 @@
+// stable::Tensor -> TensorInfo, and a failed check -> the exception that torch raises. The checks are in checks.h.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+
+namespace conv1x1 {
+
+using torch::stable::Tensor;
+
+// Sizes and strides through their pointers, once: a small call is won by counting.
+inline TensorInfo info_of(const Tensor& tensor) {
+  TensorInfo t;
+  AtenTensorHandle handle = tensor.get();
+  int64_t *size, *stride;
+  int32_t dtype, type, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &t.ndim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &stride));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &index));
+  t.defined = true;
+  t.size = size;
+  t.stride = stride;
+  t.dtype = dtype;
+  t.device_type = type;
+  t.device_index = index;
+  return t;
+}
+
+inline TensorInfo info_of(const std::optional<Tensor>& tensor) { return tensor ? info_of(*tensor) : TensorInfo(); }
+
+inline void raise_if(const std::string& error) { STD_TORCH_CHECK(error.empty(), error); }
+
+inline void set_stride(ConvArgs& args, const std::vector<int64_t>& stride) {
+  args.stride_count = static_cast<int64_t>(stride.size());
+  raise_if(check_stride_count(args.stride_count));
+  for (size_t d = 0; d < stride.size(); ++d) args.stride[d] = stride[d];
+}
+
+inline void set_activation(ConvArgs& args, const std::string& name) {
+  raise_if(check_activation_name(name));
+  to_activation(name, &args.activation);
+}
+
+// The private operators' one integer: activation in bits 0-3, strides of D, H and W in 10 bits each, groups above.
+// Written by conv1x1_ext/ops.py; args.weight must be set.
+inline void decode_config(ConvArgs& args, int64_t config) {
+  STD_TORCH_CHECK(config > 0 && (config & 15) < kActivationCount, "conv1x1: config: not made by conv1x1_ext");
+  args.activation = static_cast<Activation>(config & 15);
+  const int64_t spatial = args.spatial();
+  args.stride_count = spatial >= 1 && spatial <= 3 ? spatial : 1;
+  for (int64_t d = 0; d < args.stride_count; ++d) args.stride[d] = (config >> (4 + 10 * (3 - args.stride_count + d))) & 1023;
+  args.groups = config >> 34;
+}
+
+}  // namespace conv1x1
