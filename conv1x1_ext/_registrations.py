@@ -15,12 +15,19 @@ from .ops import ACTIVATIONS, MASKED, activation_name, backward_formula
 _ops = torch.ops.conv1x1_ext
 _aten = torch.ops.aten
 
+
+
+def _silu_derivative(grad: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return grad * (s * (1 + z * (1 - s)))
+
+
 # activation'(z) * grad by torch's own, differentiable functions.
 _derivatives: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad, z: grad,
     "relu": lambda grad, z: _aten.threshold_backward(grad, z, 0),
     "relu6": lambda grad, z: _aten.hardtanh_backward(grad, z, 0.0, 6.0),
-    "silu": lambda grad, z: _aten.silu_backward(grad, z),
+    "silu": lambda grad, z: _silu_derivative(grad, z),  # silu_backward has no derivative of its own
     "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
     "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
 }
