@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library
+from ._functorch import call, register
 from .ops import ACTIVATIONS, MASKED, activation_name, backward_formula
 
 _ops = torch.ops.conv1x1_ext
@@ -158,7 +159,7 @@ def _conv1x1_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     stride, groups, activation, allow_tf32 = ctx.plain
     output = None
     if len(extra) == 2:
-        z = _ops.conv1x1(input, weight, *extra, stride, groups, "none", allow_tf32)
+        z = call(_ops.conv1x1.default, input, weight, *extra, stride, groups, "none", allow_tf32)
         grad, activation = _derivatives[activation](grad, z), "none"
     else:
         (output,) = extra
@@ -180,14 +181,15 @@ def _backward_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     need_grad, need_input, need_weight = ctx.needs_input_grad[:3]
 
     def conv(x: Tensor, w: Tensor) -> Tensor:
-        result: Tensor = _ops.conv1x1(x, w, None, None, stride, groups, "none", allow_tf32)
+        result: Tensor = call(_ops.conv1x1.default, x, w, None, None, stride, groups, "none", allow_tf32)
         return result
 
     def gradient(x: Tensor, w: Tensor, which: int) -> Tensor:
         wanted = [which == i for i in range(4)]
-        result: Tensor = _ops.conv1x1_backward(
-            grad_output, x, w, output, stride, groups, activation, allow_tf32, *wanted
-        )[which]
+        grads = call(
+            _ops.conv1x1_backward.default, grad_output, x, w, output, stride, groups, activation, allow_tf32, *wanted
+        )
+        result: Tensor = grads[which]
         return result
 
     d_grad = None
@@ -213,9 +215,9 @@ def _avg_pool_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     groups, activation, allow_tf32 = ctx.plain
     need = ctx.needs_input_grad[:3]
     if not torch.is_grad_enabled():
-        grads = _ops.conv1x1_avg_pool_backward(grad, input, weight, bias, *ctx.plain, *need)
+        grads = call(_ops.conv1x1_avg_pool_backward.default, grad, input, weight, bias, *ctx.plain, *need)
     else:  # create_graph: by differentiable operators, which do hold the pre-activation
-        z = _ops.conv1x1(input, weight, bias, None, [1], groups, "none", allow_tf32)
+        z = call(_ops.conv1x1.default, input, weight, bias, None, [1], groups, "none", allow_tf32)
         spatial = weight.dim() - 2
         pixels = max(z.shape[-spatial:].numel(), 1)
         dz = _derivatives[activation](grad.reshape([*grad.shape] + [1] * spatial).expand_as(z) / pixels, z)
@@ -229,12 +231,6 @@ def _not_differentiable(ctx: Any, *grads: Any) -> None:
     )
 
 
-torch.library.register_autograd("conv1x1_ext::conv1x1", _conv1x1_autograd, setup_context=_conv1x1_setup)
-torch.library.register_autograd("conv1x1_ext::conv1x1_backward", _backward_autograd, setup_context=_backward_setup)
-torch.library.register_autograd("conv1x1_ext::conv1x1_avg_pool", _avg_pool_autograd, setup_context=_avg_pool_setup)
-torch.library.register_autograd("conv1x1_ext::conv1x1_avg_pool_backward", _not_differentiable)
-
-
 # ---- vmap ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +238,8 @@ def _per_example(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, 
     """One call per example: right for any mixture of batched arguments."""
     results = []
     for i in range(info.batch_size):
-        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+        example = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+        results.append(call(op, *example))
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     stacked = tuple(None if r[0] is None else torch.stack(r) for r in zip(*results, strict=True))
@@ -266,26 +263,29 @@ def _fold_batch(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
     rest = list(args[2:])
     if residual is not None:
         rest[1] = fold(residual, residual_dim)
-    output = op(fold(input, in_dims[0]), weight, *rest)
+    output = call(op, fold(input, in_dims[0]), weight, *rest)
     return (output if unbatched else output.unflatten(0, (info.batch_size, -1))), 0
 
 
-def _register_vmap(name: str, fold: bool) -> None:
+def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any], fold: bool) -> None:
     op = getattr(_ops, name).default
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return _fold_batch(op, info, in_dims, *args) if fold else _per_example(op, info, in_dims, args)
 
-    torch.library.register_vmap(f"conv1x1_ext::{name}", rule)
+    torch.library.register_autograd(f"conv1x1_ext::{name}", backward, setup_context=setup)
+    torch.library.register_vmap(f"conv1x1_ext::{name}", vmap)
+    register(op, setup, backward, vmap)
 
 
-for _name, _fold in (
-    ("conv1x1", True),
-    ("conv1x1_avg_pool", True),
-    ("conv1x1_backward", False),
-    ("conv1x1_avg_pool_backward", False),
-):
-    _register_vmap(_name, _fold)
+_register("conv1x1", _conv1x1_setup, _conv1x1_autograd, fold=True)
+_register("conv1x1_backward", _backward_setup, _backward_autograd, fold=False)
+_register("conv1x1_avg_pool", _avg_pool_setup, _avg_pool_autograd, fold=True)
+_register("conv1x1_avg_pool_backward", _no_setup, _not_differentiable, fold=False)
 
 
 # ---- FLOPs: two a multiply-add, as torch counts a convolution -------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
+from ._functorch import call
 
 _ops = torch.ops.conv1x1_ext
 _fprop = _ops._fprop.default
@@ -139,8 +140,8 @@ def backward_formula(
     """Gradients of input, weight, bias and residual by the public, differentiable backward operator."""
     need_input, need_weight, need_bias, need_residual = need
     masked = activation in MASKED
-    dx, dw, dbias, dz = _ops.conv1x1_backward(
-        grad, input, weight, output if masked else None, stride, groups, activation, allow_tf32,
+    dx, dw, dbias, dz = call(
+        _ops.conv1x1_backward.default, grad, input, weight, output if masked else None, stride, groups, activation, allow_tf32,
         need_input, need_weight, need_bias, need_residual and masked,
     )  # fmt: skip
     return dx, dw, dbias, (dz if masked else grad) if need_residual else None
@@ -238,8 +239,8 @@ def _public(
     residual: Tensor | None,
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not _needs_grad(input, weight, bias, residual)
-    output: Tensor = _ops.conv1x1(
-        input, weight, bias, residual, _stride_list(stride), groups, activation_name(activation if fused else None),
+    output: Tensor = call(
+        _ops.conv1x1.default, input, weight, bias, residual, _stride_list(stride), groups, activation_name(activation if fused else None),
         _allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
@@ -345,7 +346,7 @@ def conv1x1_avg_pool(
         return conv1x1(input.mean(spatial, keepdim=True), weight, bias, groups=groups).flatten(spatial[0] - 1)
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return reference_forward(input, weight, bias, 1, groups, activation, None).mean(spatial)
-    result: Tensor = _ops.conv1x1_avg_pool(input, weight, bias, groups, name, _allow_tf32(input))
+    result: Tensor = call(_ops.conv1x1_avg_pool.default, input, weight, bias, groups, name, _allow_tf32(input))
     return result
 
 
