@@ -26,7 +26,8 @@ setup(
         CppExtension(
             name="conv1x1_ext._C",
             sources=[f"csrc/{source}" for source in build_config.LIBRARY_SOURCES],
-            extra_compile_args={"cxx": [*build_config.CXX_FLAGS, f"-DTORCH_TARGET_VERSION={build_config.TORCH_TARGET}"]},
+            define_macros=[("TORCH_TARGET_VERSION", build_config.TORCH_TARGET)],
+            extra_compile_args={"cxx": build_config.CXX_FLAGS},
             extra_link_args=build_config.LINK_FLAGS,
             py_limited_api=True,
         )

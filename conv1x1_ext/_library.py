@@ -16,8 +16,8 @@ def _find() -> Path:
     for path in sorted(here.glob("_C*.so")):
         return path
     raise ImportError(
-        f"conv1x1_ext: the compiled library _C*.so is not in {here}. Install the package (pip install .), and import it "
-        "from outside its source folder, or build in place with: python setup.py build_ext --inplace"
+        f"conv1x1_ext: the compiled library _C*.so is not in {here}. Install the package (pip install .) "
+        "and import it from outside its source folder, or build in place: python setup.py build_ext --inplace"
     )
 
 

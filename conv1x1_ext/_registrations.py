@@ -17,7 +17,6 @@ _ops = torch.ops.conv1x1_ext
 _aten = torch.ops.aten
 
 
-
 def _silu_derivative(grad: Tensor, z: Tensor) -> Tensor:
     s = torch.sigmoid(z)
     return grad * (s * (1 + z * (1 - s)))
@@ -227,7 +226,7 @@ def _avg_pool_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _not_differentiable(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "conv1x1_avg_pool_backward: not differentiable itself; differentiate conv1x1_avg_pool twice with create_graph=True"
+        "conv1x1_avg_pool_backward: not differentiable itself; differentiate conv1x1_avg_pool with create_graph=True"
     )
 
 
@@ -253,10 +252,10 @@ def _fold_batch(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
     residual_dim = in_dims[3] if op is _ops.conv1x1.default else None
     residual = args[3] if op is _ops.conv1x1.default else None
     shared = in_dims[1] is None and in_dims[2] is None and (residual is None or residual_dim is not None)
-    if in_dims[0] is None or not shared:
+    if in_dims[0] is None or not shared:  # weights of their own
         return _per_example(op, info, in_dims, args)
 
-    def fold(t: Tensor, dim: int) -> Tensor:
+    def fold(t: Tensor, dim: Any) -> Tensor:
         t = t.movedim(dim, 0)
         return t if unbatched else t.flatten(0, 1)
 
@@ -323,4 +322,4 @@ def _avg_pool_flops(input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(_ops.conv1x1_avg_pool_backward)
 def _avg_pool_backward_flops(grad_output: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     need_input, need_weight = args[4:6]
-    return _flops(input, weight, [1]) * (1 + need_input + need_weight)  # the pre-activation is recomputed
+    return _flops(input, weight, [1]) * (1 + int(need_input) + int(need_weight))  # the pre-activation is recomputed

@@ -61,13 +61,13 @@ class _Conv1x1Mixin(nn.Module):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         for key in (
-            "in_channels", "out_channels", "kernel_size", "stride", "dilation", "transposed", "output_padding", "groups",
-            "padding_mode", "_reversed_padding_repeated_twice",
+            "in_channels", "out_channels", "kernel_size", "stride", "dilation", "transposed", "output_padding",
+            "groups", "padding_mode", "_reversed_padding_repeated_twice",
         ):  # fmt: skip
             setattr(module, key, getattr(conv, key))
         module.padding = (0,) * len(conv.kernel_size)  # type: ignore[assignment]
-        module.register_parameter("weight", conv.weight)
-        module.register_parameter("bias", conv.bias)
+        module.register_parameter("weight", conv.weight)  # type: ignore[arg-type]
+        module.register_parameter("bias", conv.bias)  # type: ignore[arg-type]
         module.activation = activation
         return module.train(conv.training)
 

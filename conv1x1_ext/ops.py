@@ -141,8 +141,8 @@ def backward_formula(
     need_input, need_weight, need_bias, need_residual = need
     masked = activation in MASKED
     dx, dw, dbias, dz = call(
-        _ops.conv1x1_backward.default, grad, input, weight, output if masked else None, stride, groups, activation, allow_tf32,
-        need_input, need_weight, need_bias, need_residual and masked,
+        _ops.conv1x1_backward.default, grad, input, weight, output if masked else None, stride, groups, activation,
+        allow_tf32, need_input, need_weight, need_bias, need_residual and masked,
     )  # fmt: skip
     return dx, dw, dbias, (dz if masked else grad) if need_residual else None
 
@@ -159,8 +159,8 @@ def conv1x1(
 ) -> Tensor:
     r"""Fused 1x1 convolution: :math:`y = \mathrm{activation}(W x + b + \mathrm{residual})`.
 
-    Equivalent to ``activation(F.conv2d(input, weight, bias, stride, groups=groups) + residual)``, as one kernel, forward
-    and backward (Lin et al., Network in Network, 2013).
+    Equivalent to ``activation(F.conv2d(input, weight, bias, stride, groups=groups) + residual)``, as one kernel,
+    forward and backward (Lin et al., Network in Network, 2013).
 
     Args:
         input: ``(N, C_in, *spatial)`` or unbatched ``(C_in, *spatial)``, with 1 to 3 spatial dimensions; any strides.
@@ -240,8 +240,8 @@ def _public(
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not _needs_grad(input, weight, bias, residual)
     output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, _stride_list(stride), groups, activation_name(activation if fused else None),
-        _allow_tf32(input),
+        _ops.conv1x1.default, input, weight, bias, residual, _stride_list(stride), groups,
+        activation_name(activation if fused else None), _allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
 
@@ -401,7 +401,7 @@ def explain(
 
 
 def build_info() -> dict[str, str]:
-    """Version, the torch that the library targets and runs with, compiler, instruction set found, CUDA architectures."""
+    """Version, torch targeted and torch running, compiler, instruction set found, microkernels, CUDA architectures."""
     from . import __version__
 
     info = {"version": __version__, "library": _library.path.name, "torch": torch.__version__}

@@ -8,7 +8,8 @@ CSRC = Path(__file__).resolve().parent
 
 # -ffp-contract=off: products and sums fuse only where a kernel says so, so that every tail of a kernel gives the same
 # bits. No -march: instruction sets are chosen at run time (cpu/microkernels/isa.h).
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 
 # Torch-free: what the microkernel table is built from.

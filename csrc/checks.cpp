@@ -15,14 +15,16 @@ std::string shape_text(const int64_t* size, int64_t ndim) {
 std::string shape_of(const TensorInfo& t) { return shape_text(t.size, t.ndim); }
 
 std::string scalar_type_text(int type) {
-  constexpr const char* names[] = {"uint8",   "int8",      "int16",      "int32", "int64",  "float16", "float32", "float64",
-                                   "complex32", "complex64", "complex128", "bool",  "qint8", "quint8",  "qint32",  "bfloat16"};
+  constexpr const char* names[] = {"uint8",   "int8",    "int16",     "int32",     "int64",      "float16",
+                                   "float32", "float64", "complex32", "complex64", "complex128", "bool",
+                                   "qint8",   "quint8",  "qint32",    "bfloat16"};
   if (type >= 0 && type < static_cast<int>(sizeof names / sizeof *names)) return names[type];
   return "ScalarType " + std::to_string(type);
 }
 
 std::string device_text(const TensorInfo& t) {
-  const std::string type = t.device_type == 0 ? "cpu" : (t.device_type == 1 ? "cuda" : "device type " + std::to_string(t.device_type));
+  const std::string type =
+      t.device_type == 0 ? "cpu" : (t.device_type == 1 ? "cuda" : "device type " + std::to_string(t.device_type));
   return t.device_index >= 0 && t.device_type != 0 ? type + ":" + std::to_string(t.device_index) : type;
 }
 
@@ -57,7 +59,8 @@ std::string check_shape(const char* argument, const TensorInfo& t, const std::ve
   bool same = t.ndim == static_cast<int64_t>(shape.size());
   for (int64_t d = 0; same && d < t.ndim; ++d) same = t.size[d] == shape[static_cast<size_t>(d)];
   if (same) return "";
-  return expected(argument, "the output's shape " + shape_text(shape.data(), static_cast<int64_t>(shape.size())), shape_of(t));
+  return expected(argument, "the output's shape " + shape_text(shape.data(), static_cast<int64_t>(shape.size())),
+                  shape_of(t));
 }
 
 std::string check_operands(const ConvArgs& args) {
@@ -65,21 +68,23 @@ std::string check_operands(const ConvArgs& args) {
   DType dtype;
   if (!to_dtype(x.dtype, &dtype))
     return expected("input", "dtype float32, float64, bfloat16 or float16", scalar_type_text(x.dtype));
-  if (w.ndim < 3 || w.ndim > 5)
-    return expected("weight", "shape (C_out, C_in / groups, 1[, 1[, 1]])", shape_of(w));
+  if (w.ndim < 3 || w.ndim > 5) return expected("weight", "shape (C_out, C_in / groups, 1[, 1[, 1]])", shape_of(w));
   for (int64_t d = 2; d < w.ndim; ++d)
     if (w.size[d] != 1) return expected("weight", "a kernel of size 1 in every spatial dimension", shape_of(w));
   if (x.ndim != w.ndim && x.ndim != w.ndim - 1)
-    return expected("input", std::to_string(w.ndim - 1) + " (unbatched) or " + std::to_string(w.ndim) +
-                                 " dimensions for a weight of shape " + shape_of(w), shape_of(x));
+    return expected("input",
+                    std::to_string(w.ndim - 1) + " (unbatched) or " + std::to_string(w.ndim) +
+                        " dimensions for a weight of shape " + shape_of(w),
+                    shape_of(x));
   if (args.groups <= 0) return expected("groups", "a positive integer", std::to_string(args.groups));
   if (w.size[0] < 1) return expected("weight", "at least 1 output channel", shape_of(w));
   if (w.size[0] % args.groups != 0)
     return expected("weight", "output channels divisible by groups=" + std::to_string(args.groups), shape_of(w));
   const int64_t c_in = x.size[args.batched() ? 1 : 0];
   if (c_in != w.size[1] * args.groups)
-    return expected("input", std::to_string(w.size[1] * args.groups) + " channels for a weight of shape " + shape_of(w) +
-                                 " and groups=" + std::to_string(args.groups),
+    return expected("input",
+                    std::to_string(w.size[1] * args.groups) + " channels for a weight of shape " + shape_of(w) +
+                        " and groups=" + std::to_string(args.groups),
                     std::to_string(c_in) + " channels in shape " + shape_of(x));
   std::string error = check_like_input("weight", w, x);
   if (!error.empty() || !b.defined) return error;
@@ -91,7 +96,8 @@ std::string check_operands(const ConvArgs& args) {
 std::string check_stride(const ConvArgs& args) {
   const std::string got = shape_text(args.stride, args.stride_count);
   if (args.stride_count != 1 && args.stride_count != args.spatial())
-    return expected("stride", args.spatial() == 1 ? "1 integer" : "1 or " + std::to_string(args.spatial()) + " integers", got);
+    return expected("stride",
+                    args.spatial() == 1 ? "1 integer" : "1 or " + std::to_string(args.spatial()) + " integers", got);
   for (int64_t d = 0; d < args.stride_count; ++d)
     if (args.stride[d] <= 0) return expected("stride", "positive integers", got);
   return "";

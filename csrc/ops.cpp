@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
 // defined, dtype, device type, device index, ndim, sizes[8]; then stride count, stride[3], groups.
 // Returns whether the arguments are good; otherwise the message is in `message`.
 extern "C" __attribute__((visibility("default"))) int conv1x1_ext_check(const int64_t* values, char* message,
-                                                                       int64_t capacity) {
+                                                                        int64_t capacity) {
   using namespace conv1x1;
   ConvArgs args;
   for (TensorInfo* t : {&args.input, &args.weight, &args.bias, &args.residual}) {

@@ -58,7 +58,8 @@ inline void decode_config(ConvArgs& args, int64_t config) {
   args.activation = static_cast<Activation>(config & 15);
   const int64_t spatial = args.spatial();
   args.stride_count = spatial >= 1 && spatial <= 3 ? spatial : 1;
-  for (int64_t d = 0; d < args.stride_count; ++d) args.stride[d] = (config >> (4 + 10 * (3 - args.stride_count + d))) & 1023;
+  for (int64_t d = 0; d < args.stride_count; ++d)
+    args.stride[d] = (config >> (4 + 10 * (3 - args.stride_count + d))) & 1023;
   args.groups = config >> 34;
 }
 

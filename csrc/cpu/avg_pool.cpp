@@ -99,7 +99,8 @@ void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t fir
   for (int64_t r = 0; r < rows; ++r) {
     constexpr int64_t kWidth = 256;
     T value[kWidth], grad[kWidth];
-    const int64_t image = first_image + r / (channels_last ? pixels : p.c_out), channel = channels_last ? 0 : r % p.c_out;
+    const int64_t image = first_image + r / (channels_last ? pixels : p.c_out),
+                  channel = channels_last ? 0 : r % p.c_out;
     for (int64_t c = 0; c < width; c += kWidth) {
       const int64_t n = std::min(kWidth, width - c);
       void* row = at(p, z, r * width + c);
@@ -191,7 +192,8 @@ Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& 
     if (weights)
       unpack(p.dw.data, line(p.c_out, p.dw.stride_out), 0, p.c_out, line(in, p.dw.stride_in), 0, in, sums.get(), in);
     if (biases)
-      unpack(p.dbias.data, line(1, 0), 0, 1, line(biases, 1), 0, biases, static_cast<float*>(sums.get()) + weights, biases);
+      unpack(p.dbias.data, line(1, 0), 0, 1, line(biases, 1), 0, biases, static_cast<float*>(sums.get()) + weights,
+             biases);
   }
   return status;
 }
@@ -209,8 +211,8 @@ void mask_grad(const Conv1x1Problem& p, const ActivationView& dz, int threads, c
     const int64_t r = b * kRows, nr = std::min(kRows, rows - r);
     for (int64_t c = 0; c < cols; c += kCols) {
       const int64_t nc = std::min(kCols, cols - c);
-      kernel.pack_r_major[storage](staged, kCols, copy.from.data, copy.from.aux, copy.from.row, r, nr, copy.from.col, c, nc,
-                                   mask);
+      kernel.pack_r_major[storage](staged, kCols, copy.from.data, copy.from.aux, copy.from.row, r, nr, copy.from.col, c,
+                                   nc, mask);
       kernel.unpack[storage](copy.to.data, copy.to.row, r, nr, copy.to.col, c, nc, staged, kCols);
     }
   }

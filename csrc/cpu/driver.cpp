@@ -129,8 +129,8 @@ class Worker {
           for (int64_t c = 0; c < width; ++c) sum[j + c] += residual_[c];
         }
       }
-      kernel_.unpack[out_storage_](out_element(p_.d.data, group * p_.d.group_stride), p_.d.row, i, 1, p_.d.col, 0, p_.n, sum,
-                               p_.n);
+      kernel_.unpack[out_storage_](out_element(p_.d.data, group * p_.d.group_stride), p_.d.row, i, 1, p_.d.col, 0, p_.n,
+                                   sum, p_.n);
     }
   }
 
@@ -153,9 +153,7 @@ class Worker {
   }
 
  private:
-  void* element(void* base, int64_t offset) const {
-    return static_cast<char*>(base) + offset * dtype_size(p_.dtype);
-  }
+  void* element(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * dtype_size(p_.dtype); }
 
   void* out_element(void* base, int64_t offset) const {
     return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
@@ -173,8 +171,7 @@ class Worker {
 
   // Where a packed tile lies. Packed once: by its place in the matrix; by block: by its place in the block.
   T* packed_a(int64_t group, const Tiling::Tile& t) const {
-    if (plan_.a == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + t.start) * p_.k;
+    if (plan_.a == Operand::kPackOnce) return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + t.start) * p_.k;
     return block_a_ + (t.start - block_a_start_) * plan_.k_step;
   }
   T* packed_b(int64_t group, const Tiling::Tile& t) const {
@@ -313,8 +310,8 @@ class Worker {
   }
 
   void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
-    kernel_.pack_r_major[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride), nullptr,
-                                   aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
+    kernel_.pack_r_major[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride),
+                                       nullptr, aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
   }
 
   // The last k-block of a tile: partial result, or epilogue and the way out.
@@ -362,8 +359,8 @@ class Worker {
     if (p_.pool)
       pool(out, ti, tj);
     else if (!direct)
-      kernel_.unpack[out_storage_](out_element(d.data, group_ * d.group_stride), d.row, ti.start, ti.size, d.col, tj.start,
-                               tj.size, out, ld);
+      kernel_.unpack[out_storage_](out_element(d.data, group_ * d.group_stride), d.row, ti.start, ti.size, d.col,
+                                   tj.start, tj.size, out, ld);
   }
 
   void pool(const T* out, const Tiling::Tile& ti, const Tiling::Tile& tj) {

@@ -61,13 +61,13 @@ struct GemmProblem {
   DType dtype = DType::kFloat32;      // of A, B, bias and mask in memory; half types accumulate in float32
   DType out_dtype = DType::kFloat32;  // of D and row_sums
   int64_t groups = 1, m = 0, n = 0, k = 0;
-  Matrix a, b, d;  // a: m x k, b: k x n, d: m x n
-  int64_t m_segment = 0, n_segment = 0;  // natural pieces of m and n: the pixels of one image, or all of it
+  Matrix a, b, d;                                 // a: m x k, b: k x n, d: m x n
+  int64_t m_segment = 0, n_segment = 0;           // natural pieces of m and n: the pixels of one image, or all of it
   bool a_is_weight = false, b_is_weight = false;  // pack once for all threads, not once per block
 
   Mask mask = Mask::kNone;  // applied to the operand that has an aux tensor, as it is packed
   Activation activation = Activation::kNone;
-  VectorView bias;       // groups * (m or n) elements
+  VectorView bias;  // groups * (m or n) elements
   bool bias_along_m = false;
 
   // dbias: sum of A's rows (after the mask), taken from the packed panels. groups * m elements.
@@ -111,9 +111,9 @@ struct Plan {
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
-  int64_t kc = 0;                // length of a k-block: one accumulator chain. A constant: numerics depend on it
-  int64_t k_step = 0;            // k packed at a time, a multiple of kc, or all of a slice
-  int64_t slices = 1, slice = 0; // k-slices and their length
+  int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
+  int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice
+  int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
   // workspace, in bytes
   int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;

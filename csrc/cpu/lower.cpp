@@ -87,7 +87,8 @@ Matrix transposed(Matrix matrix) {
 }
 
 // out(channel, pixel) = sum_k w(channel, k) * in(k, pixel), the vectors along whichever index `unit` is contiguous in.
-GemmProblem pixelwise(const Conv1x1Problem& p, const Matrix& w, const Matrix& in, const Matrix& out, const Matrix& unit) {
+GemmProblem pixelwise(const Conv1x1Problem& p, const Matrix& w, const Matrix& in, const Matrix& out,
+                      const Matrix& unit) {
   GemmProblem g;
   g.dtype = g.out_dtype = p.dtype;
   g.groups = p.groups;

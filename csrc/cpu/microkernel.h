@@ -94,8 +94,8 @@ struct KernelTable {
   const Microkernel* const* kernels;
   size_t count;
 };
-KernelTable all_microkernels();                    // whatever this library was built with, best last
-bool isa_supported(const std::string& isa);        // by this CPU and operating system
+KernelTable all_microkernels();              // whatever this library was built with, best last
+bool isa_supported(const std::string& isa);  // by this CPU and operating system
 // The set that CONV1X1_ISA asks for, or the best one this CPU runs; null, and why, where it cannot be had.
 const KernelSet* selected_kernels(std::string* error);
 

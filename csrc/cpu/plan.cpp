@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "gemm.h"
@@ -13,11 +13,11 @@
 namespace conv1x1 {
 namespace {
 
-constexpr int64_t kBlockK = 128;            // one accumulator chain: 256 was 1.4 times less accurate
-constexpr int64_t kMinSlice = 2048;         // wgrad: shortest k-slice worth a partial result
-constexpr int64_t kMaxPartials = 1 << 21;   // wgrad: elements of partial results
+constexpr int64_t kBlockK = 128;           // one accumulator chain: 256 was 1.4 times less accurate
+constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
+constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
-constexpr double kWorkPerThread = 150e3;    // multiply-adds that pay for entering a parallel region (about 1 us)
+constexpr double kWorkPerThread = 150e3;  // multiply-adds that pay for entering a parallel region (about 1 us)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -109,7 +109,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   // Pooled pixels of one image stay with one thread: their sum has one order.
   const int64_t units_m = p.pool && !p.pool_along_n ? plan.m.segments : plan.m.count();
   const int64_t units_n = p.pool && p.pool_along_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double tile = 12, pack_a = plan.a == Operand::kPackBlock ? 3 : 0, pack_b = plan.b == Operand::kPackBlock ? 12 : 0;
+  const double tile = 12, pack_a = plan.a == Operand::kPackBlock ? 3 : 0,
+               pack_b = plan.b == Operand::kPackBlock ? 12 : 0;
   double best = 1e300;
   const int most_g = static_cast<int>(std::min<int64_t>(p.groups, threads));
   for (int g = 1; g <= most_g; g = g == most_g ? most_g + 1 : most_g) {
@@ -119,8 +120,9 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
       for (int m = 1; m <= most_m; ++m) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
         const double tm = static_cast<double>(ceil_div(units_m, m)), tn = static_cast<double>(ceil_div(units_n, n));
-        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-                            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.block_n) + tn * pack_b);
+        const double cost =
+            static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.block_n) + tn * pack_b);
         if (cost < best * 0.999) {
           best = cost;
           plan.part_g = g;
@@ -148,8 +150,27 @@ void size_workspace(const GemmProblem& p, Plan& plan, bool half, int64_t element
   if (p.bias.data && (half || p.bias.stride != 1)) plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
 
+std::string number(int64_t n) { return std::to_string(n); }
+
 const char* name_of(Operand o) {
   return o == Operand::kDirect ? "read in place" : (o == Operand::kPackOnce ? "packed once" : "packed by block");
+}
+
+std::string reason_a(const GemmProblem& p, const Plan& plan) {
+  if (plan.a == Operand::kDirect) return plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous";
+  if (p.dtype != plan.kernel->dtype) return "converted to float32";
+  if (p.a.aux) return "masked by the saved output";
+  if (p.row_sums.data) return "the bias gradient is summed from the panels";
+  return "its strides do not suit the microkernel";
+}
+
+std::string reason_b(const GemmProblem& p, const Plan& plan) {
+  if (plan.b == Operand::kDirect) return "n is contiguous";
+  if (p.dtype != plan.kernel->dtype) return "converted to float32";
+  if (p.b.aux) return "masked by the saved output";
+  if (p.b.col.inner_stride() != 1) return "n is not contiguous";
+  if (plan.n.segment != p.n_segment) return "tiles span images to keep vectors full";
+  return b_readable(p, false) ? "its rows fall into few cache sets" : "its strides do not suit the microkernel";
 }
 
 }  // namespace
@@ -179,21 +200,24 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
 }
 
 std::string describe(const GemmProblem& p, const Plan& plan) {
-  char text[1024];
-  std::snprintf(
-      text, sizeof text,
-      "kernel=%s\nisa=%s\ndtype=%s\ngemm=m %lld, n %lld, k %lld, groups %lld\nA=%s, %s\nB=%s\n"
-      "tiles=%lld x %lld of at most %d x %d%s\nblock=%lld x %lld tiles, k %lld by chains of %lld\nk_slices=%lld\n"
-      "threads=%d (groups %d, k %d, m %d, n %d)\nworkspace_bytes=%lld",
-      plan.kernel->name, plan.kernel->isa, dtype_name(p.dtype), static_cast<long long>(p.m),
-      static_cast<long long>(p.n), static_cast<long long>(p.k), static_cast<long long>(p.groups), name_of(plan.a),
-      plan.a_access == AccessA::kRows ? "k contiguous" : "m contiguous", name_of(plan.b),
-      static_cast<long long>(plan.m.count()), static_cast<long long>(plan.n.count()), plan.kernel->mr, plan.kernel->nr,
-      plan.n.segment != p.n_segment ? ", spanning images" : "", static_cast<long long>(plan.block_m),
-      static_cast<long long>(plan.block_n), static_cast<long long>(plan.k_step), static_cast<long long>(plan.kc),
-      static_cast<long long>(plan.slices), plan.threads, plan.part_g, plan.part_k, plan.part_m, plan.part_n,
-      static_cast<long long>(plan.total()));
-  return text;
+  const int64_t work = p.groups * p.m * p.n * p.k;
+  std::string text = std::string("kernel=") + plan.kernel->name + ": the widest for " + dtype_name(p.dtype) + " in " +
+                     plan.kernel->isa;
+  text += "\nisa=" + std::string(plan.kernel->isa) +
+          (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
+  text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
+  text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
+  text += std::string("\nA=") + name_of(plan.a) + ": " + reason_a(p, plan);
+  text += std::string("\nB=") + name_of(plan.b) + ": " + reason_b(p, plan);
+  text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
+          number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
+  text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
+          " by chains of " + number(plan.kc) + ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
+  text += "\nk_slices=" + number(plan.slices);
+  text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +
+          ", m " + number(plan.part_m) + ", n " + number(plan.part_n) + "): " + number(work) +
+          " multiply-adds, a thread is worth " + number(static_cast<int64_t>(kWorkPerThread));
+  return text + "\nworkspace_bytes=" + number(plan.total());
 }
 
 }  // namespace conv1x1

@@ -1,5 +1,6 @@
-// The microkernel table for tests and microbenchmarks: NumPy arrays in, no torch. Built by bench/microkernel_table.py with
-// torch.utils.cpp_extension.load, from the same sources and flags as the library, which itself keeps no Python symbol.
+// The microkernel table for tests and microbenchmarks: NumPy arrays in, no torch. Built by bench/microkernel_table.py
+// with torch.utils.cpp_extension.load, from the same sources and flags as the library, which itself keeps no Python
+// symbol.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -102,6 +103,7 @@ double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Arr
   const Microkernel& kernel = find(name);
   Call<T> call = prepare<T>(kernel, rows, a, b, out, kernel.nr);
   call.args.a_rows = call.rows.data();
+  py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
   double best = 0;
   for (int r = 0; r < rounds; ++r) {
     const auto begin = std::chrono::steady_clock::now();
@@ -123,10 +125,10 @@ template <class T>
 void define(py::module_& m) {
   m.def("run", &run<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
-        py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0, py::arg("upper") = 0.0,
-        py::arg("with_epilogue") = false);
+        py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
+        py::arg("upper") = 0.0, py::arg("with_epilogue") = false);
   m.def("time", &time_tile<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"), py::call_guard<py::gil_scoped_release>());
+        py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"));
   m.def("activate", &activate<T>, py::arg("name"), py::arg("tile").noconvert(), py::arg("activation"));
 }
 

@@ -1,6 +1,7 @@
 // Tiles in GCC/Clang vector extensions: any CPU these compilers know, SSE2 on a plain x86-64. Listed by dispatch.cpp.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../gemm.h"
 
