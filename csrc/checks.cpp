@@ -23,9 +23,12 @@ std::string scalar_type_text(int type) {
 }
 
 std::string device_text(const TensorInfo& t) {
-  const std::string type =
-      t.device_type == 0 ? "cpu" : (t.device_type == 1 ? "cuda" : "device type " + std::to_string(t.device_type));
-  return t.device_index >= 0 && t.device_type != 0 ? type + ":" + std::to_string(t.device_index) : type;
+  switch (t.device_type) {  // torch.headeronly.DeviceType
+    case 0: return "cpu";
+    case 1: return "cuda:" + std::to_string(t.device_index);
+    case 14: return "meta";
+    default: return "device type " + std::to_string(t.device_type);
+  }
 }
 
 std::string expected(const char* argument, const std::string& what, const std::string& got) {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -38,7 +39,10 @@ inline TensorInfo info_of(const Tensor& tensor) {
 
 inline TensorInfo info_of(const std::optional<Tensor>& tensor) { return tensor ? info_of(*tensor) : TensorInfo(); }
 
-inline void raise_if(const std::string& error) { STD_TORCH_CHECK(error.empty(), error); }
+// Not STD_TORCH_CHECK: it puts the source file and line of the build machine before the message.
+inline void raise_if(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
 
 inline void set_stride(ConvArgs& args, const std::vector<int64_t>& stride) {
   args.stride_count = static_cast<int64_t>(stride.size());
@@ -54,7 +58,7 @@ inline void set_activation(ConvArgs& args, const std::string& name) {
 // The private operators' one integer: activation in bits 0-3, strides of D, H and W in 10 bits each, groups above.
 // Written by conv1x1_ext/ops.py; args.weight must be set.
 inline void decode_config(ConvArgs& args, int64_t config) {
-  STD_TORCH_CHECK(config > 0 && (config & 15) < kActivationCount, "conv1x1: config: not made by conv1x1_ext");
+  if (config <= 0 || (config & 15) >= kActivationCount) raise_if("conv1x1: config: expected one made by conv1x1_ext");
   args.activation = static_cast<Activation>(config & 15);
   const int64_t spatial = args.spatial();
   args.stride_count = spatial >= 1 && spatial <= 3 ? spatial : 1;

@@ -119,16 +119,16 @@ VectorView bias_view(const ConvArgs& args, const std::optional<Tensor>& bias) {
 const KernelSet& kernels() {
   std::string error;
   const KernelSet* set = selected_kernels(&error);
-  STD_TORCH_CHECK(set != nullptr, error);
+  raise_if(error);
   return *set;
 }
 
 // Asked for at every call: a new Python thread sees torch's setting only after torch was asked.
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-void run(const GemmProblem& g) {
-  STD_TORCH_CHECK(run_gemm(g, make_plan(g, threads(), kernels())) == kOk, "conv1x1: out of memory for the workspace");
-}
+void raise_if_failed(Status status) { raise_if(status == kOk ? "" : "conv1x1: out of memory for the workspace"); }
+
+void run(const GemmProblem& g) { raise_if_failed(run_gemm(g, make_plan(g, threads(), kernels()))); }
 
 Tensor allocate_output(const ConvArgs& args, const Conv1x1Problem& p, ActivationView* view) {
   int64_t size[kMaxDims], stride[kMaxDims];
@@ -296,8 +296,7 @@ Tensor conv1x1_avg_pool(const Tensor& input, const Tensor& weight, const MaybeTe
   const int64_t skip = args.batched() ? 0 : 1;
   Tensor out = empty_strided(2 - skip, size + skip, stride + skip, args.input);
   if (p.c_in == 0) return out;
-  STD_TORCH_CHECK(avg_pool(p, out.mutable_data_ptr(), threads(), kernels()) == kOk,
-                  "conv1x1: out of memory for the workspace");
+  raise_if_failed(avg_pool(p, out.mutable_data_ptr(), threads(), kernels()));
   return out;
 }
 
@@ -326,8 +325,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> conv1x1_avg_pool_backward(
     torch::stable::zero_(*dbias);
     p.dbias = {dbias->mutable_data_ptr(), 1};
   }
-  if (p.c_in != 0)
-    STD_TORCH_CHECK(avg_pool_backward(p, threads(), kernels()) == kOk, "conv1x1: out of memory for the workspace");
+  if (p.c_in != 0) raise_if_failed(avg_pool_backward(p, threads(), kernels()));
   return {dx, dw, dbias};
 }
 
@@ -351,8 +349,8 @@ std::string explain(const Tensor& input, const Tensor& weight, const MaybeTensor
     double unused = 0;
     g = lower_avg_pool(p, &unused);
   } else {
-    STD_TORCH_CHECK(direction == "dgrad" || direction == "wgrad",
-                    "conv1x1: direction: expected 'fprop', 'dgrad', 'wgrad' or 'avg_pool', got '", direction, "'");
+    if (direction != "dgrad" && direction != "wgrad")
+      raise_if("conv1x1: direction: expected 'fprop', 'dgrad', 'wgrad' or 'avg_pool', got '" + direction + "'");
     if (!masks_from_output(p.activation)) p.activation = Activation::kNone;  // torch's own derivative comes first
     p.dy = p.y;
     if (direction == "dgrad") {

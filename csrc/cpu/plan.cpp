@@ -37,7 +37,7 @@ int64_t l2_bytes() {
 // Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
 bool b_readable(const GemmProblem& p, bool half) {
   const Axis& col = p.b.col;
-  return !half && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 &&
+  return !half && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 && p.n_segment > 0 &&
          (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
