@@ -245,60 +245,90 @@ class Worker {
     }
   }
 
+  // What every row of tiles asks of a column of tiles, worked out once a block.
+  struct Column {
+    Tiling::Tile tile;
+    const T* b;
+    int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
+    bool out_unit, aux_unit;  // and whether one unit stride walks them
+  };
+
+  void prepare_columns(const Range& js, int64_t k0) {
+    const Matrix &b = p_.b, &d = p_.d;
+    for (int64_t j = js.begin; j < js.end; ++j) {
+      Column& c = columns_[j - js.begin];
+      c.tile = plan_.n[j];
+      if (plan_.b == Operand::kDirect) {
+        c.ldb = b.row.inner_stride();
+        c.b = static_cast<const T*>(b.data) + group_ * b.group_stride + k0 * c.ldb +
+              run_at(b.col, c.tile.start, 1).offset;
+      } else {
+        c.ldb = c.tile.padded_size;
+        c.b = packed_b(group_, c.tile) + (plan_.b == Operand::kPackOnce ? k0 * c.ldb : 0);
+      }
+      if (p_.pool) continue;
+      const Run run = run_at(d.col, c.tile.start, c.tile.size);
+      c.out = run.offset;
+      c.aux = run.aux_offset;
+      c.out_unit = in_place_ && run.length == c.tile.size && run.stride == 1;
+      c.aux_unit = in_place_ && run.length == c.tile.size && run.aux_stride == 1;
+    }
+  }
+
+  // The A of a row of tiles: args.a_rows or args.a, and lda.
+  void prepare_row(const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
+    const bool direct = plan_.a == Operand::kDirect, once = plan_.a == Operand::kPackOnce;
+    args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
+    if (plan_.a_access == AccessA::kRows) {
+      const T* a = (direct ? static_cast<const T*>(p_.a.data) + group_ * p_.a.group_stride : packed_a(group_, t));
+      a += direct || once ? k0 : 0;
+      const bool linear = p_.a.row.linear();
+      for (int64_t r = 0; r < t.size; ++r) {
+        if (!direct)
+          rows[r] = a + r * args.lda;
+        else
+          rows[r] = a + (linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset);
+      }
+      args.a_rows = rows;
+    } else if (direct) {
+      args.a = static_cast<const T*>(p_.a.data) + group_ * p_.a.group_stride + k0 * args.lda + t.start;
+    } else {
+      args.a = packed_a(group_, t) + (once ? k0 * args.lda : 0);
+    }
+  }
+
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
+    prepare_columns(js, k0);
     for (int64_t i = is.begin; i < is.end; ++i) {
       const Tiling::Tile ti = plan_.m[i];
       TileArgs args;
-      const T* a = nullptr;
-      if (plan_.a != Operand::kDirect) {
-        a = packed_a(group_, ti);
-        args.lda = ld_packed_a(ti);
-      } else {
-        a = static_cast<const T*>(p_.a.data) + group_ * p_.a.group_stride;
-        args.lda = p_.a.col.inner_stride();
-        a += k0 * args.lda;
-      }
-      if (plan_.a_access == AccessA::kRows) {
-        for (int64_t r = 0; r < ti.size; ++r)
-          rows[r] = plan_.a == Operand::kDirect ? a + run_at(p_.a.row, ti.start + r, 1).offset : a + r * args.lda;
-        args.a_rows = rows;
-      } else {
-        args.a = plan_.a == Operand::kDirect ? a + ti.start : a;
-      }
-      for (int64_t j = js.begin; j < js.end; ++j) {
-        const Tiling::Tile tj = plan_.n[j];
-        if (plan_.b != Operand::kDirect) {
-          args.b = packed_b(group_, tj);
-          args.ldb = tj.padded_size;
-        } else {
-          args.ldb = p_.b.row.inner_stride();
-          args.b = static_cast<const T*>(p_.b.data) + group_ * p_.b.group_stride + k0 * args.ldb +
-                   run_at(p_.b.col, tj.start, 1).offset;
-        }
-        T* chain = carried_ ? accumulators_ + ((i - is.begin) * plan_.block_n + (j - js.begin)) * tile_ : chain_;
-        tile(args, ti, tj, nk, chain, first, last);
+      prepare_row(ti, k0, rows, args);
+      const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
+      const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
+      for (int64_t j = 0; j < js.end - js.begin; ++j) {
+        const Column& c = columns_[j];
+        T* chain = carried_ ? accumulators_ + ((i - is.begin) * plan_.block_n + j) * tile_ : chain_;
+        args.b = c.b;
+        args.ldb = c.ldb;
+        args.n = c.tile.size;
+        tile(fns[c.tile.padded_size / kernel_.vector - 1], args, ti, row, c, nk, chain, first, last);
       }
     }
   }
 
   // One output tile over nk of k, in chains of kc joined in order.
-  void tile(const TileArgs& base, const Tiling::Tile& ti, const Tiling::Tile& tj, int64_t nk, T* chain, bool first,
-            bool last) {
-    TileArgs args = base;
-    const TileFn fn = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1][(tj.padded_size / kernel_.vector) - 1];
-    args.n = tj.size;
+  void tile(TileFn fn, TileArgs args, const Tiling::Tile& ti, const Run& row, const Column& c, int64_t nk, T* chain,
+            bool first, bool last) {
     const void* rows[kMaxMr];
-    int64_t done = 0;
-    do {
-      args.k = plan_.kc < nk - done ? plan_.kc : nk - done;
-      args.c_in = first && done == 0 ? nullptr : chain;
-      args.ld_in = kernel_.nr;
-      if (last && done + args.k == nk) return finish(fn, args, ti, tj);
+    args.ld_in = kernel_.nr;
+    args.c_in = first ? nullptr : chain;
+    for (int64_t left = nk; left > plan_.kc; left -= plan_.kc) {
+      args.k = plan_.kc;
       args.c_out = chain;
       args.ld_out = kernel_.nr;
       fn(args);
-      done += args.k;
+      args.c_in = chain;
       args.b = static_cast<const T*>(args.b) + args.k * args.ldb;
       if (plan_.a_access == AccessA::kRows) {
         for (int64_t r = 0; r < ti.size; ++r) rows[r] = static_cast<const T*>(args.a_rows[r]) + args.k;
@@ -306,7 +336,12 @@ class Worker {
       } else {
         args.a = static_cast<const T*>(args.a) + args.k * args.lda;
       }
-    } while (done < nk);
+    }
+    args.k = nk > 0 ? (nk - 1) % plan_.kc + 1 : 0;
+    if (last) return finish(fn, args, ti, row, c);
+    args.c_out = chain;
+    args.ld_out = kernel_.nr;
+    fn(args);
   }
 
   void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
@@ -314,8 +349,9 @@ class Worker {
                                        nullptr, aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
   }
 
-  // The last k-block of a tile: partial result, or epilogue and the way out.
-  void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Tiling::Tile& tj) {
+  // The last chain of a tile: partial result, or epilogue and the way out.
+  void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Run& row, const Column& c) {
+    const Tiling::Tile& tj = c.tile;
     if (plan_.slices > 1) {
       args.c_out = partial(slice_, group_ * p_.m + ti.start) + tj.start;
       args.ld_out = p_.n;
@@ -334,23 +370,18 @@ class Worker {
     const Matrix& d = p_.d;
     T* out = staged_;
     int64_t ld = kernel_.nr;
-    bool direct = false;
-    if (!p_.pool) {
-      const Run row = run_at(d.row, ti.start, ti.size), col = run_at(d.col, tj.start, tj.size);
-      const bool one_run = in_place_ && row.length == ti.size && col.length == tj.size;
-      direct = one_run && col.stride == 1;
-      if (direct) {
-        out = static_cast<T*>(d.data) + group_ * d.group_stride + row.offset + col.offset;
-        ld = row.stride;
-      }
-      if (d.aux && one_run && col.aux_stride == 1) {
-        e.residual = static_cast<const T*>(d.aux) + group_ * d.aux_group_stride + row.aux_offset + col.aux_offset;
-        e.ld_residual = row.aux_stride;
-      } else if (d.aux) {
-        gather_residual(group_, ti.start, ti.size, tj.start, tj.size);
-        e.residual = residual_;
-        e.ld_residual = kernel_.nr;
-      }
+    const bool one_run = row.length == ti.size, direct = !p_.pool && one_run && c.out_unit;
+    if (direct) {
+      out = static_cast<T*>(d.data) + group_ * d.group_stride + row.offset + c.out;
+      ld = row.stride;
+    }
+    if (d.aux && one_run && c.aux_unit) {
+      e.residual = static_cast<const T*>(d.aux) + group_ * d.aux_group_stride + row.aux_offset + c.aux;
+      e.ld_residual = row.aux_stride;
+    } else if (d.aux) {
+      gather_residual(group_, ti.start, ti.size, tj.start, tj.size);
+      e.residual = residual_;
+      e.ld_residual = kernel_.nr;
     }
     args.c_out = out;
     args.ld_out = ld;
@@ -389,6 +420,7 @@ class Worker {
   const Microkernel& kernel_;
   const Shared& shared_;
   Epilogue epilogue_;
+  Column columns_[kMaxBlockN];
   T *block_a_, *block_b_, *accumulators_, *chain_, *staged_, *residual_;
   int64_t tile_, group_ = 0, slice_ = 0, block_a_start_ = 0, block_b_start_ = 0;
   int storage_, out_storage_;

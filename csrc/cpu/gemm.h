@@ -87,6 +87,7 @@ enum class Operand : int { kDirect, kPackOnce, kPackBlock };
 // m or n cut into segments, and each segment into tiles of nearly equal numbers of vectors.
 struct Tiling {
   int64_t segment = 0, segments = 0, unit = 1, vectors = 0, per_segment = 0;
+  int64_t least = 0, longer = 0;  // vectors of a tile, and how many tiles have one more
 
   Tiling() = default;
   Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units);
@@ -98,12 +99,13 @@ struct Tiling {
   };
   Tile operator[](int64_t t) const {
     const int64_t s = segments == 1 ? 0 : t / per_segment, j = t - s * per_segment;
-    const int64_t q = vectors / per_segment, r = vectors - q * per_segment;
-    const int64_t first = j * q + (j < r ? j : r), units = q + (j < r ? 1 : 0);
+    const int64_t first = j * least + (j < longer ? j : longer), units = least + (j < longer ? 1 : 0);
     const int64_t at = first * unit, left = segment - at;
     return {s * segment + at, units * unit < left ? units * unit : left, (s * vectors + first) * unit, units * unit, s};
   }
 };
+
+constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
 
 struct Plan {
   const Microkernel* kernel = nullptr;

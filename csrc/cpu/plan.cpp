@@ -93,7 +93,8 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr;
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  plan.block_n = clamp(l2 / (carried ? 4 : 2) / (nr * plan.k_step * element), 1, tiles_n);
+  plan.block_n =
+      clamp(l2 / (carried ? 4 : 2) / (nr * plan.k_step * element), 1, std::min<int64_t>(tiles_n, kMaxBlockN));
   plan.block_m = tiles_m;
   if (plan.a == Operand::kPackBlock) plan.block_m = clamp(l2 / 4 / (mr * plan.k_step * element), 1, tiles_m);
   if (carried) plan.block_m = clamp(l2 / 4 / (mr * nr * plan.block_n * element), 1, plan.block_m);
@@ -181,6 +182,8 @@ Tiling::Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max
   segments = total / segment;
   vectors = ceil_div(segment, unit);
   per_segment = ceil_div(vectors, max_units);
+  least = vectors / per_segment;
+  longer = vectors - per_segment * least;
 }
 
 int64_t Plan::per_thread() const { return block_a + block_b + accumulators; }

@@ -83,7 +83,10 @@ void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> ou
   Call<T> call = prepare<T>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
   const auto pointer = [](const py::object& o) -> const T* {
-    return o.is_none() ? nullptr : o.cast<Array<T>>().data();
+    if (o.is_none()) return nullptr;
+    // A cast would make a temporary copy of anything else.
+    if (!Array<T>::check_(o)) throw std::invalid_argument("expected C-contiguous arrays of the operands' dtype");
+    return o.cast<Array<T>>().data();
   };
   call.args.c_in = pointer(c_in);
   call.args.ld_in = c_in.is_none() ? 0 : c_in.cast<Array<T>>().shape(1);

@@ -1,0 +1,126 @@
+"""Every microkernel by itself, operands in cache: GFLOP/s and % of the multiply-add ceiling of its own kind.
+
+``python -m bench.microkernel``. One thread runs whole tiles of a microkernel over and over (csrc/cpu/table_pybind.cpp,
+``time``), with either access to A, for several k. Each round takes a sample of every microkernel and of each ceiling
+(same instruction set and dtype, registers only) in turn. Each tile is checked once against float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # python bench/microkernel.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import ceiling
+from bench.harness import describe_run, settle
+from bench.microkernel_table import load_table
+
+SAMPLE_SECONDS = 0.002
+
+
+def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]:
+    """A, B and C of a whole tile, C computed and found right.
+
+    Raises:
+        AssertionError: the microkernel is wrong.
+    """
+    generator = np.random.default_rng(k)
+    a = generator.standard_normal((kernel["mr"], k)).astype(kernel["dtype"])
+    b = generator.standard_normal((k, kernel["nr"])).astype(kernel["dtype"])
+    c = np.zeros((kernel["mr"], kernel["nr"]), kernel["dtype"])
+    expected = a.astype(np.float64) @ b.astype(np.float64)
+    a = a if rows else np.ascontiguousarray(a.T)
+    load_table().run(kernel["name"], rows, a, b, c, kernel["nr"])
+    error = np.linalg.norm(c - expected) / np.linalg.norm(expected)
+    if not error < k * np.finfo(kernel["dtype"]).eps:
+        raise AssertionError(f"{kernel['name']}, k {k}: relative error {error:.1e}")
+    return a, b, c
+
+
+def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, Any]]:
+    """One entry for each microkernel, access and k."""
+    table = load_table()
+    cases = [
+        (kernel, rows, k, operands(kernel, rows, k)) for kernel in table.list() for rows in (True, False) for k in ks
+    ]
+    calls = []
+    for kernel, rows, k, (a, b, c) in cases:
+        gflops = table.time(kernel["name"], rows, a, b, c, 3, 200)
+        calls.append(max(1, int(SAMPLE_SECONDS * gflops * 1e9 / (2 * k * kernel["mr"] * kernel["nr"]))))
+    kinds = list(dict.fromkeys((kernel["isa"], kernel["dtype"]) for kernel, *_ in cases))
+    samples: list[list[float]] = [[] for _ in cases]
+    peaks: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+    settle()
+    for _ in track(range(rounds), "rounds", console=console, auto_refresh=False):
+        for kind in kinds:
+            peaks[kind].append(ceiling.fma_gflops(*kind, 1, SAMPLE_SECONDS))
+        for own, count, (kernel, rows, _, (a, b, c)) in zip(samples, calls, cases, strict=True):
+            own.append(table.time(kernel["name"], rows, a, b, c, 1, count))
+    results = []
+    for own, (kernel, rows, k, _) in zip(samples, cases, strict=True):
+        peak = peaks[kernel["isa"], kernel["dtype"]]
+        results.append(
+            {
+                "kernel": kernel["name"],
+                "isa": kernel["isa"],
+                "dtype": kernel["dtype"],
+                "access": "rows" if rows else "cols",
+                "k": k,
+                "gflops": {"median": round(statistics.median(own), 2), "best": round(max(own), 2)},
+                "ceiling": {"median": round(statistics.median(peak), 2), "best": round(max(peak), 2)},
+            }
+        )
+    return results
+
+
+def percent(entry: dict[str, Any], by: str) -> float:
+    return 100 * float(entry["gflops"][by]) / float(entry["ceiling"][by])
+
+
+def print_table(results: list[dict[str, Any]], console: Console) -> None:
+    """A line for each microkernel and access, a column for each k."""
+    ks = sorted({r["k"] for r in results})
+    table = Table(title="GFLOP/s of whole tiles in cache, one thread, median (% of ceiling; best by best)")
+    table.add_column("microkernel")
+    table.add_column("A")
+    table.add_column("ceiling", justify="right")
+    for k in ks:
+        table.add_column(f"k = {k}", justify="right")
+    for name, access in dict.fromkeys((r["kernel"], r["access"]) for r in results):
+        line = {r["k"]: r for r in results if (r["kernel"], r["access"]) == (name, access)}
+        cells = [
+            f"{r['gflops']['median']:.1f} ({percent(r, 'median'):.0f}; {percent(r, 'best'):.0f})" for r in line.values()
+        ]
+        table.add_row(name, access, f"{line[ks[0]]['ceiling']['median']:.1f}", *cells)
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.microkernel", description=__doc__.split("\n")[0])
+    parser.add_argument("--k", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--json", metavar="OUT", type=Path)
+    args = parser.parse_args(argv)
+    results = measure(args.k, args.rounds, Console(stderr=True))
+    console = Console()
+    print_table(results, console if console.is_terminal else Console(width=120))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        data = {**describe_run({"k": args.k, "rounds": args.rounds}), "results": results}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
