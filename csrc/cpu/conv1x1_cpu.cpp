@@ -18,6 +18,9 @@ namespace {
 
 constexpr int kMaxDims = 5;
 
+// Asked for at every call: a new Python thread sees torch's setting only after torch was asked.
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
 Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, const TensorInfo& like) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
@@ -40,17 +43,50 @@ void use_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// torch's is_channels_last_strides_2d / 3d: what suggest_memory_format() goes by.
-bool is_channels_last(const TensorInfo& t) {
-  if (t.ndim < 4 || t.stride[1] == 0) return false;
+// torch's is_channels_last_strides_2d and 3d, what suggest_memory_format() goes by, for (N, C, spatial...).
+bool is_channels_last(const int64_t* size, const int64_t* stride, int64_t ndim) {
+  if (ndim < 4 || stride[1] == 0) return false;
   int64_t least = 0;
-  for (int64_t i = 0; i < t.ndim; ++i) {
-    const int64_t d = i == 0 ? 1 : (i == t.ndim - 1 ? 0 : t.ndim - i);  // C, W, H, (D,) N
-    if (t.size[d] == 0 || t.stride[d] < least) return false;
-    if (d == 0 && least == t.stride[1]) return false;  // ambiguous (N, 1, 1, 1): contiguous
-    least = t.stride[d] * (t.size[d] > 1 ? t.size[d] : 1);
+  for (int64_t i = 0; i < ndim; ++i) {
+    const int64_t d = i == 0 ? 1 : (i == ndim - 1 ? 0 : ndim - i);  // C, W, H, (D,) N
+    if (size[d] == 0 || stride[d] < least) return false;
+    if (d == 0 && least == stride[1]) return false;  // ambiguous (N, 1, 1, 1): contiguous
+    least = stride[d] * (size[d] > 1 ? size[d] : 1);
   }
   return true;
+}
+
+bool is_channels_last(const TensorInfo& t) { return is_channels_last(t.size, t.stride, t.ndim); }
+
+// As torch sees it, with a batch of 1 put before an unbatched input.
+bool input_channels_last(const ConvArgs& args) {
+  const TensorInfo& x = args.input;
+  if (args.batched()) return is_channels_last(x);
+  int64_t size[kMaxDims] = {1}, stride[kMaxDims] = {x.size[0] * x.stride[0]};
+  std::copy(x.size, x.size + x.ndim, size + 1);
+  std::copy(x.stride, x.stride + x.ndim, stride + 1);
+  return is_channels_last(size, stride, x.ndim + 1);
+}
+
+// A 1d weight, as torch sees it: with one more spatial dimension.
+bool weight_channels_last(const ConvArgs& args) {
+  const TensorInfo& w = args.weight;
+  if (w.ndim > 3) return is_channels_last(w);
+  const int64_t size[4] = {w.size[0], w.size[1], 1, 1},
+                stride[4] = {w.stride[0], w.stride[1], w.stride[2], w.stride[2]};
+  return is_channels_last(size, stride, 4);
+}
+
+// When torch hands a 3d convolution of size 1 to oneDNN; its other 3d convolution knows no channels last.
+bool torch_3d_knows_channels_last(const ConvArgs& args, int threads) {
+  const TensorInfo& x = args.input;
+  if (x.dtype == kDouble) return false;
+  const int64_t batch = args.batched() ? x.size[0] : 1;
+  const int64_t* size = x.size + (args.batched() ? 1 : 0);
+  bool strided = false;
+  for (int64_t d = 0; d < 3; ++d) strided = strided || args.stride_of(d) != 1;
+  return (strided || batch >= 16 || threads > 1) &&
+         (args.groups > 1 || batch > 1 || batch * size[0] * size[1] * size[2] > 20480);
 }
 
 void dense_strides(const int64_t* size, int64_t ndim, bool channels_last, int64_t* stride) {
@@ -65,12 +101,13 @@ void dense_strides(const int64_t* size, int64_t ndim, bool channels_last, int64_
 }
 
 // The strides that nn.Conv{1,2,3}d gives its output: channels last if input or weight are, where torch has the format.
-bool output_channels_last(const ConvArgs& args) {
-  if (!is_channels_last(args.weight) && !(args.batched() && is_channels_last(args.input))) return false;
+// For half types in 3d torch's choice depends on the CPU; ours is that of float32.
+bool output_channels_last(const ConvArgs& args, int threads) {
   const TensorInfo& x = args.input;
-  for (int64_t d = 0; d < x.ndim; ++d)
-    if (x.size[d] == 0) return false;
-  return args.spatial() == 2 || (args.spatial() == 3 && x.dtype != kDouble);
+  if (std::find(x.size, x.size + x.ndim, 0) != x.size + x.ndim) return false;
+  if (args.spatial() == 1) return weight_channels_last(args);  // torch makes a 1d input contiguous first
+  if (!weight_channels_last(args) && !input_channels_last(args)) return false;
+  return args.spatial() == 2 || torch_3d_knows_channels_last(args, threads);
 }
 
 // (C, ...) or (N, C, ...) strides as N C D H W.
@@ -123,9 +160,6 @@ const KernelSet& kernels() {
   return *set;
 }
 
-// Asked for at every call: a new Python thread sees torch's setting only after torch was asked.
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
-
 void raise_if_failed(Status status) { raise_if(status == kOk ? "" : "conv1x1: out of memory for the workspace"); }
 
 void run(const GemmProblem& g) { raise_if_failed(run_gemm(g, make_plan(g, threads(), kernels()))); }
@@ -138,7 +172,7 @@ Tensor allocate_output(const ConvArgs& args, const Conv1x1Problem& p, Activation
   size[0] = p.batch;
   size[1] = args.input.size[batched ? 1 : 0] == 0 ? 0 : p.c_out;
   for (int64_t d = 0; d < spatial; ++d) size[2 + d] = p.out_size[3 - spatial + d];
-  dense_strides(size, spatial + 2, output_channels_last(args), stride);
+  dense_strides(size, spatial + 2, output_channels_last(args, threads()), stride);
   const int64_t skip = batched ? 0 : 1;
   Tensor out = empty_strided(ndim, size + skip, stride + skip, args.input);
   TensorInfo t;

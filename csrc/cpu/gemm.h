@@ -80,6 +80,7 @@ struct GemmProblem {
   bool pool_along_n = false;
 
   bool split_k = false;  // k is the long one (wgrad): cut it into slices that depend on the shape alone
+  bool narrow = false;   // few channels on one side of the weight: shorter chains along k
 };
 
 enum class Operand : int { kDirect, kPackOnce, kPackBlock };

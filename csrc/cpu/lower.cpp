@@ -86,6 +86,10 @@ Matrix transposed(Matrix matrix) {
   return matrix;
 }
 
+constexpr int64_t kNarrow = 16;
+
+bool is_narrow(const Conv1x1Problem& p) { return p.c_in / p.groups <= kNarrow || p.c_out / p.groups <= kNarrow; }
+
 // out(channel, pixel) = sum_k w(channel, k) * in(k, pixel), the vectors along whichever index `unit` is contiguous in.
 GemmProblem pixelwise(const Conv1x1Problem& p, const Matrix& w, const Matrix& in, const Matrix& out,
                       const Matrix& unit) {
@@ -93,6 +97,7 @@ GemmProblem pixelwise(const Conv1x1Problem& p, const Matrix& w, const Matrix& in
   g.dtype = g.out_dtype = p.dtype;
   g.groups = p.groups;
   g.k = in.row.count;
+  g.narrow = is_narrow(p);
   const int64_t channels = w.row.count, pixels = in.col.count;
   const bool pixels_unit = unit.col.inner_stride() == 1, channels_unit = unit.row.inner_stride() == 1;
   const bool pixels_are_n = pixels_unit && channels_unit ? pixels >= channels : !channels_unit;
@@ -170,6 +175,7 @@ GemmProblem lower_wgrad(const Conv1x1Problem& p) {
   g.m = g.m_segment = out;
   g.k = g.a.col.count;
   g.split_k = true;
+  g.narrow = is_narrow(p);
   if (p.dw.data) {
     g.b = transposed(activation_matrix(p, p.x, nullptr, in, true));
     g.d = weight_matrix(p.dw, out, p.dw.stride_out, in, p.dw.stride_in, out * p.dw.stride_out);

@@ -1,0 +1,83 @@
+# Every target sets up what it needs in $(VENV), from nothing; a second run starts at once.
+# Needs python3 (3.10 or later, with venv), g++ and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# More arguments for installing torch, such as an --index-url of builds without CUDA.
+TORCH_ARGS ?=
+# Arguments of bench.op.
+ARGS ?= --quick
+# Test processes.
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
+CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# One environment: installations must not run side by side.
+.NOTPARALLEL:
+.PHONY: help demo test bench lint lint-ruff lint-format lint-cpp lint-types format clean
+
+help:
+	@echo 'make demo    the article, claim by claim; then training on real digits; curves in out/digits.png'
+	@echo 'make test    all tests, WORKERS=$(WORKERS) at a time'
+	@echo 'make bench   ours against torch and its peers, layer by layer; ARGS="$(ARGS)"'
+	@echo 'make lint    ruff, clang-format, mypy'
+	@echo 'make format  ruff and clang-format, in place'
+	@echo 'make clean   removes everything that was built but $(VENV)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" TORCH_ARGS="$(TORCH_ARGS)"'
+
+demo: $(VENV)/.stamp-examples
+	$(PY) examples/article.py
+	$(PY) examples/digits.py
+
+test: $(VENV)/.stamp-test
+	$(PY) -m pytest -n $(WORKERS) tests
+
+bench: $(VENV)/.stamp-bench
+	$(PY) -m bench.op $(ARGS)
+
+# make -k lint reports everything that fails.
+lint: lint-ruff lint-format lint-cpp lint-types
+
+lint-ruff: $(VENV)/.stamp-lint
+	$(PY) -m ruff check .
+
+lint-format: $(VENV)/.stamp-lint
+	$(PY) -m ruff format --check .
+
+lint-cpp: $(VENV)/.stamp-lint
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+lint-types: $(VENV)/.stamp-lint
+	$(PY) -m mypy
+
+format: $(VENV)/.stamp-lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist out *.egg-info conv1x1_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.stamp-build
+
+# torch comes alone and first: the library is built against it, and nothing that follows may choose another.
+$(VENV)/.stamp-torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH_ARGS) '$(TORCH)'
+	$(PIP) install 'setuptools>=77' wheel ninja
+	touch $@
+
+$(VENV)/.stamp-build: $(VENV)/.stamp-torch $(SOURCES)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+# What pyproject.toml's extra of that name asks for; the package itself is there already.
+$(VENV)/.stamp-examples $(VENV)/.stamp-test $(VENV)/.stamp-bench $(VENV)/.stamp-lint: $(VENV)/.stamp-%: $(VENV)/.stamp-build
+	$(PIP) install 'conv1x1_ext[$*]'
+	touch $@

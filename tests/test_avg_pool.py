@@ -1,0 +1,203 @@
+"""conv1x1_avg_pool is the mean over the pixels of conv + activation, and never holds the (N, C_out, H, W) tensor."""
+
+import pytest
+import torch
+from helpers import (
+    ACTIVATIONS,
+    FLOATS,
+    HALVES,
+    LAYOUTS,
+    Case,
+    _abs,
+    _double,
+    assert_close_to_reference,
+    expect_ok,
+    laid_out,
+    randn,
+    run_python,
+    stock_forward,
+    weight_of,
+)  # fmt: skip
+
+from conv1x1_ext import conv1x1_avg_pool
+
+DTYPES = (*FLOATS, *HALVES)
+SMOOTH = (None, "silu", "gelu")
+CASES = [
+    Case(2, 24, 18, (7, 9)),
+    Case(1, 64, 96, (14, 14)),
+    Case(3, 20, 12, (5, 6), 1, 4),
+    Case(1, 130, 10, (8, 8), 1, 1, False),
+    Case(2, 12, 7, (33,)),
+    Case(1, 12, 7, (33,), 1, 1, False),
+    Case(2, 12, 8, (3, 4, 5), 1, 2),
+    Case(1, 12, 7, (3, 4, 5), 1, 1, False),
+    Case(6, 257, 1, (1, 1)),
+    Case(2, 1, 50, (3, 3)),
+]
+
+
+def stock(x, w, b=None, *, groups=1, activation="relu"):
+    return stock_forward(x, w, b, groups=groups, activation=activation).mean(tuple(range(2 - w.dim(), 0)))
+
+
+def compare(x, w, b, groups, activation):
+    ours = conv1x1_avg_pool(x, w, b, groups=groups, activation=activation)
+    ref = stock(_double(x), _double(w), _double(b), groups=groups, activation=activation)
+    size = stock(_abs(x), _abs(w), _abs(b), groups=groups, activation=None)
+    pixels = x[(0,) * (x.dim() - w.dim() + 2)].numel()
+    theirs = stock(x, w, b, groups=groups, activation=activation)
+    assert_close_to_reference(ours, theirs, ref, size, w.shape[1] + pixels)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, layout, activation, dtype):
+    x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype)
+    y = compare(x, w, randn((case.c_out,), dtype), case.groups, activation)
+    assert y.shape == (*case.y_shape[: case.channel], case.c_out)
+    compare(x, w, None, case.groups, activation)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_layouts(batched, layout, dtype):
+    case = Case(3, 20, 12, (6, 9), 1, 2, batched)
+    x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, "transposed")
+    compare(x, w, randn((24,), dtype)[::2], 2, "relu")
+
+
+def gradients(function, tensors, dy, **kwargs):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves, **kwargs), leaves, dy)
+
+
+def close(tensors, dy, **kwargs):
+    """Compares with stock, by the size that the sums would have without cancellation; returns our gradients."""
+    ours, theirs = (gradients(f, tensors, dy, **kwargs) for f in (conv1x1_avg_pool, stock))
+    kwargs["activation"] = None
+    sizes = gradients(stock, [t.double().abs() for t in tensors], dy.double().abs(), **kwargs)
+    for a, b, size in zip(ours, theirs, sizes, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert ((a - b).abs() <= 60 * torch.finfo(a.dtype).eps * size.max()).all()
+    return ours
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case, layout, activation, dtype):
+    x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype)
+    b, dy = randn((case.c_out,), dtype), randn((*case.y_shape[: case.channel], case.c_out), dtype)
+    kwargs = {"groups": case.groups, "activation": activation}
+    if activation in ("relu", "relu6", "hardswish"):  # keep the pre-activation off the kinks
+        z = stock_forward(x.double(), w.double(), b.double(), groups=case.groups)
+        if min((z - kink).abs().min() for kink in (0, 3, -3, 6)) < 1e-4 * (dtype == torch.float32):
+            x = (x.double() * 8).round() / 8
+            w, b = (w.double() * 8).round() / 8, (b.double() * 4).round() / 4 + 1 / 512
+            x, w, b = x.to(dtype), w.to(dtype), b.to(dtype)
+    ours = close((x, w, b), dy, **kwargs)
+    assert ours[1].stride() == w.stride()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_of_half_types(layout, activation, dtype):
+    """Against float64, as stock rounds its intermediate tensors to the half type."""
+    x, w = laid_out((2, 24, 9, 7), dtype, layout), weight_of((18, 24, 1, 1), dtype)
+    b, dy = randn((18,), dtype), randn((2, 18), dtype)
+    ours = gradients(conv1x1_avg_pool, (x, w, b), dy, activation=activation)
+    ref = gradients(stock, (x.double(), w.double(), b.double()), dy.double(), activation=activation)
+    theirs = gradients(stock, (x, w, b), dy, activation=activation)
+    for a, t, r in zip(ours, theirs, ref, strict=True):
+        error = [((g.double() - r).norm() / r.norm()).item() for g in (a, t)]
+        assert a.dtype == dtype and error[0] <= 2 * error[1] + torch.finfo(dtype).eps, error
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize(
+    "n,c_in,c_out,spatial",
+    [
+        (1, 4, 8, (500, 400)),  # one image, cut by rows
+        (1, 2, 1 << 12, (3, 300)),  # one row does not fit
+        (1, 2, 9000, (1, 700)),  # cut inside the only row
+        (40, 8, 64, (30, 30)),  # several images a piece, and a rest
+        (3, 4, 600, (70, 31)),  # less than one image a piece
+        (2, 3, 300, (3, 50, 41)),
+        (5, 3, 128, (3001,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_backward_in_pieces(layout, n, c_in, c_out, spatial, activation):
+    x = laid_out((n, c_in, *spatial), torch.float32, layout)
+    w, b, dy = randn((c_out, c_in, *[1] * len(spatial)), x.dtype), randn((c_out,), x.dtype), randn((n, c_out), x.dtype)
+    ours = gradients(conv1x1_avg_pool, (x, w, b), dy, activation=activation)
+    ref = gradients(stock, (x.double(), w.double(), b.double()), dy.double(), activation=activation)
+    for a, r in zip(ours, ref, strict=True):
+        assert ((a.double() - r).norm() / r.norm()).item() < 2e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_gradcheck(batched, activation):
+    x = (torch.randn(2, 4, 3, 2, dtype=torch.float64) * 2)[0 if not batched else slice(None)].requires_grad_()
+    w, b = torch.randn(6, 2, 1, 1, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    w, b = w.requires_grad_(), b.requires_grad_()
+    function = lambda *t: conv1x1_avg_pool(*t, groups=2, activation=activation)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, w, b))
+    assert torch.autograd.gradgradcheck(function, (x, w, b))
+
+
+def test_needs_input_grad():
+    x, w, b = torch.randn(2, 4, 3, 2), torch.randn(5, 4, 1, 1), torch.randn(5)
+    for need in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
+        leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((x, w, b), need, strict=True)]
+        conv1x1_avg_pool(*leaves).sum().backward()
+        assert [t.grad is not None for t in leaves] == [bool(n) for n in need]
+        rest = (1, "relu", False, *map(bool, need))
+        made = torch.ops.conv1x1_ext.conv1x1_avg_pool_backward(torch.ones(2, 5), x, w, b, *rest)
+        assert [t is not None for t in made] == [bool(n) for n in need]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_grad_output_of_any_strides(layout, activation):
+    x, w = laid_out((3, 4, 5, 6), torch.float64, layout), randn((7, 4, 1, 1), torch.float64)
+    b = randn((7,), torch.float64)
+    for dy in (
+        torch.ones((), dtype=x.dtype).expand(3, 7),
+        randn((7, 3), x.dtype).t(),
+        randn((3, 15), x.dtype)[:, 1::2],
+    ):
+        close((x, w, b), dy, activation=activation)
+
+
+MEMORY = """
+import resource, torch, conv1x1_ext
+format = torch.{format}
+x = torch.randn(1, 4, 256, 256).contiguous(memory_format=format).requires_grad_()
+w = torch.randn(2048, 4, 1, 1).requires_grad_()
+conv1x1_ext.conv1x1_avg_pool(x[:, :, :8, :8], w, activation="{activation}").sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = conv1x1_ext.conv1x1_avg_pool(x, w, activation="{activation}")
+forward = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y.sum().backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+full = 2048 * 256 * 256 * 4 / 1024
+print(forward - before, after - forward, full)
+assert forward - before < full / 16 and after - forward < full / 8
+"""
+
+
+@pytest.mark.parametrize("format", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_full_tensor_never_exists(activation, format):
+    """It would be 512 MiB; peak memory grows by a fraction of that."""
+    expect_ok(run_python(MEMORY.format(activation=activation, format=format)))

@@ -1,0 +1,151 @@
+"""The forward is F.conv{1,2,3}d + residual + activation, for every dtype, layout and size of every tail."""
+
+import pytest
+import torch
+from helpers import (
+    ACTIVATIONS,
+    FLOATS,
+    HALVES,
+    LAYOUTS,
+    WEIGHT_LAYOUTS,
+    Case,
+    check_forward,
+    laid_out,
+    randn,
+    weight_of,
+)
+
+import conv1x1_ext
+
+DTYPES = (*FLOATS, *HALVES)
+CASES = [
+    Case(1, 64, 64, (14, 14)),
+    Case(2, 3, 5, (9, 7)),
+    Case(2, 16, 33, (13, 11), 2),
+    Case(1, 33, 16, (12, 12), (2, 3)),
+    Case(1, 12, 18, (5, 9), (1, 4), 3),
+    Case(3, 24, 24, (6, 7), 2, 24),
+    Case(2, 24, 48, (6, 5), 1, 24),
+    Case(1, 512, 32, (12, 12), 1, 1, False),
+    Case(1, 40, 20, (7, 5), 2, 4, False),
+    Case(5, 130, 70, (7, 7)),
+    Case(4, 257, 65, (7, 7), 2),
+    Case(3, 64, 128, (1, 1)),
+    Case(7, 9, 10, (1, 1)),
+    Case(2, 19, 23, (31,)),
+    Case(2, 20, 24, (31,), 3, 4),
+    Case(1, 19, 23, (50,), 1, 1, False),
+    Case(2, 10, 15, (3, 5, 7)),
+    Case(2, 10, 15, (4, 5, 7), (2, 1, 3), 5),
+    Case(1, 10, 15, (4, 5, 7), 2, 1, False),
+    Case(1, 8, 8, (1, 300)),
+    Case(1, 8, 8, (300, 1), 5),
+    Case(2, 6, 4, (3, 3), 7),
+]
+
+
+def make(case, dtype, layout="contiguous", weight_layout="contiguous"):
+    return laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, weight_layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shapes(case, layout, dtype):
+    x, w = make(case, dtype, layout, layout)
+    b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout, case.channel)
+    assert check_forward(x, w, b, case.stride, groups=case.groups, activation="relu", residual=r).shape == case.y_shape
+    check_forward(x, w, None, case.stride, groups=case.groups)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("c_in", [1, 2, 3, 5, 8, 17, 127, 128, 129, 255, 256, 257])
+def test_channel_tails(c_in, layout, dtype):
+    for c_out in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 24, 25, 47, 48, 49):
+        x, w = make(Case(2, c_in, c_out, (3, 5)), dtype, layout)
+        check_forward(x, w, randn((c_out,), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_pixel_tails(layout, dtype):
+    for pixels in range(1, 67):
+        x, w = make(Case(1, 6, 9, (1, pixels)), dtype, layout)
+        check_forward(x, w, randn((9,), dtype), activation="relu6")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
+def test_layouts(layout, weight_layout, dtype):
+    for case in (Case(3, 20, 12, (6, 9), 1, 2), Case(2, 70, 66, (8, 8), 2), Case(4, 65, 64, (4, 4))):
+        x, w = make(case, dtype, layout, weight_layout)
+        check_forward(x, w, None, case.stride, groups=case.groups)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spatial,batched", [((9,), True), ((9,), False), ((5, 6), False), ((3, 4, 5), True)], ids=str)
+def test_layouts_in_other_dimensions(spatial, batched, layout, dtype):
+    case = Case(3, 10, 14, spatial, 2, 2, batched)
+    x, w = make(case, dtype, layout)
+    check_forward(x, w, randn((14,), dtype), 2, groups=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual_layout", [None, *LAYOUTS])
+def test_epilogue(activation, residual_layout, dtype):
+    for case in (Case(2, 24, 18, (7, 9)), Case(2, 18, 24, (6, 6), 2, 2)):
+        for layout in ("contiguous", "channels_last"):
+            x, w = make(case, dtype, layout)
+            r = None if residual_layout is None else laid_out(case.y_shape, dtype, residual_layout, case.channel)
+            check_forward(x, w, randn((case.c_out,), dtype), case.stride, groups=case.groups, activation=activation,
+                          residual=r)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bias_of_any_stride(layout, dtype):
+    x, w = make(Case(2, 20, 30, (5, 5), 1, 2), dtype, layout)
+    for b in (randn((30,), dtype), randn((61,), dtype)[1::2], randn((1,), dtype).expand(30), randn((31,), dtype)[1:]):
+        check_forward(x, w, b, groups=2)
+
+
+def test_activations_reach_both_ends():
+    """Large pre-activations: ReLU6 and hardswish saturate, the smooth ones meet their tails."""
+    for activation in ACTIVATIONS:
+        x, w = 20 * randn((1, 8, 9, 9), torch.float32), randn((8, 8, 1, 1), torch.float32)
+        check_forward(x, w, None, activation=activation)
+
+
+def test_residual_is_not_changed_and_no_output_aliases_an_input():
+    x, w, r = randn((2, 4, 5, 5), torch.float32), randn((4, 4, 1, 1), torch.float32), randn((2, 4, 5, 5), torch.float32)
+    copies = [t.clone() for t in (x, w, r)]
+    y = conv1x1_ext.conv1x1(x, w, activation="relu", residual=r)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (x, w, r), strict=True))
+    assert y.data_ptr() not in {t.data_ptr() for t in (x, w, r)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_k_of_several_blocks(layout):
+    for c_in in (1024, 2049, 5000):
+        x, w = make(Case(1, c_in, 40, (7, 7)), torch.float32, layout)
+        check_forward(x, w)
+
+
+def test_strides_beyond_the_compact_encoding():
+    x, w = randn((1, 3, 2100), torch.float32), randn((4, 3, 1), torch.float32)
+    for stride in (1023, 1024, 2000, 5000):
+        assert check_forward(x, w, None, stride).shape == (1, 4, (2100 - 1) // stride + 1)
+
+
+def test_article_by_hand():
+    """One channel weighted by 4, and a hand-computed mixture of two channels."""
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert torch.equal(conv1x1_ext.conv1x1(x, torch.full((1, 1, 1, 1), 4.0)), 4 * x)
+    x = torch.tensor([[[[1.0, 2.0]], [[10.0, -20.0]]]])
+    w = torch.tensor([[1.0, 1.0], [2.0, -1.0]]).reshape(2, 2, 1, 1)
+    y = conv1x1_ext.conv1x1(x, w, torch.tensor([0.5, 1.0]), activation="relu")
+    assert torch.equal(y, torch.tensor([[[[11.5, 0.0]], [[0.0, 25.0]]]]))

@@ -1,0 +1,208 @@
+"""Every microkernel by itself, by the pybind11 table: all m <= MR and n <= NR, nothing touched outside the tile."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+ISAS = ("scalar", "avx2", "avx512")
+DTYPES = ("float32", "float64")
+CANARY = 12345.678
+ACTIVATION = {"silu": 3, "hardswish": 4, "gelu": 5}
+
+
+@pytest.fixture(params=[(isa, dtype) for isa in ISAS for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+def kernel(request, table):
+    isa, dtype = request.param
+    found = [k for k in table.list() if k["isa"] == isa and k["dtype"] == dtype]
+    if not found:
+        pytest.skip(f"this CPU does not run {isa}")
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(torch.initial_seed() % (1 << 32))
+
+
+def random(rng, shape, kernel):
+    return rng.standard_normal(shape).astype(kernel["dtype"])
+
+
+class Tile:
+    """Operands of one call, and a poisoned output that is larger than the tile."""
+
+    def __init__(self, rng, kernel, rows, m, n, k):
+        self.kernel, self.rows, self.m, self.n, self.k = kernel, rows, m, n, k
+        self.a = random(rng, (m, k), kernel)
+        vectors = -(-n // kernel["vector"]) * kernel["vector"]
+        self.b = random(rng, (k, vectors + 3), kernel)
+        self.b[:, n:] = np.nan  # reading it is allowed only where the result is thrown away
+        self.out = np.full((m + 2, n + 19), CANARY, kernel["dtype"])
+
+    def run(self, table, **epilogue):
+        a = self.a if self.rows else np.ascontiguousarray(self.a.T)
+        table.run(self.kernel["name"], self.rows, a, self.b, self.out, self.n, **epilogue)
+        outside = self.out.copy()
+        outside[: self.m, : self.n] = CANARY
+        assert (outside == self.out.dtype.type(CANARY)).all(), "written outside the tile"
+        return self.out[: self.m, : self.n]
+
+    def reference(self):
+        """The exact sum, and the bound on a chain of k multiply-adds."""
+        a, b = self.a.astype(np.longdouble), self.b[:, : self.n].astype(np.longdouble)
+        return a @ b, (self.k + 6) * np.finfo(self.out.dtype).eps * (abs(a) @ abs(b))
+
+
+def check(actual, exact, bound):
+    assert np.isfinite(actual).all()
+    assert (abs(actual - exact) <= bound + np.finfo(actual.dtype).tiny).all()
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+def test_every_tail(table, kernel, rng, rows):
+    for m in range(1, kernel["mr"] + 1):
+        for n in range(1, kernel["nr"] + 1):
+            for k in (1, 2, 7):
+                tile = Tile(rng, kernel, rows, m, n, k)
+                check(tile.run(table), *tile.reference())
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+@pytest.mark.parametrize("k", [0, 1, 3, 64, 127, 128, 129, 256, 1000])
+def test_lengths_of_k(table, kernel, rng, rows, k):
+    for m, n in ((kernel["mr"], kernel["nr"]), (1, 1), (kernel["mr"] - 1, kernel["nr"] - 1)):
+        tile = Tile(rng, kernel, rows, m, n, k)
+        actual = tile.run(table)
+        check(actual, *tile.reference())
+        assert k != 0 or (actual == 0).all()
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+@pytest.mark.parametrize("parts", range(1, 16))
+def test_epilogue(table, kernel, rng, rows, parts):
+    """Every subset of c_in, a bias along m, a bias along n and a residual, at every tail of n."""
+    for n in range(1, kernel["nr"] + 1):
+        m = 1 + n % kernel["mr"]
+        tile = Tile(rng, kernel, rows, m, n, 5)
+        exact, bound = tile.reference()
+        given = {
+            "c_in": random(rng, (m, n + 2), kernel), "bias_m": random(rng, (m,), kernel),
+            "bias_n": random(rng, (n,), kernel), "residual": random(rng, (m, n + 5), kernel),
+        }  # fmt: skip
+        given = {name: v for i, (name, v) in enumerate(given.items()) if parts >> i & 1}
+        for name, v in given.items():
+            v = v.astype(np.longdouble)
+            v = v[:, None] if name == "bias_m" else v[:, :n] if v.ndim == 2 else v
+            exact, bound = exact + v, bound + 12 * np.finfo(kernel["dtype"]).eps * abs(v)
+        actual = tile.run(table, lower=-math.inf, upper=math.inf, with_epilogue=True, **given)
+        check(actual, exact, bound)
+
+
+@pytest.mark.parametrize("lower,upper", [(0.0, math.inf), (0.0, 6.0), (-math.inf, math.inf), (-1.0, 0.5)])
+def test_clamps(table, kernel, rng, lower, upper):
+    for m, n in ((1, 1), (kernel["mr"], kernel["nr"]), (2, kernel["nr"] - 3), (kernel["mr"], kernel["vector"] + 1)):
+        tile = Tile(rng, kernel, True, m, n, 1)
+        tile.a[:] = 1
+        tile.b[:, :n] = np.linspace(-9, 9, n)
+        actual = tile.run(table, lower=lower, upper=upper, with_epilogue=True)
+        expected = np.clip(tile.b[:, :n], lower, upper).astype(kernel["dtype"])
+        assert (actual == np.broadcast_to(expected, (m, n))).all()
+
+
+@pytest.mark.parametrize("upper", [math.inf, 6.0])
+def test_nan_passes_the_clamps(table, kernel, rng, upper):
+    special = [math.nan, math.inf, -math.inf, -0.0, 0.0]
+    for n in range(1, kernel["nr"] + 1):
+        tile = Tile(rng, kernel, False, 2, n, 1)
+        tile.a[:] = 1
+        tile.b[0, :n] = [special[i % 5] for i in range(n)]
+        actual = tile.run(table, lower=0.0, upper=upper, with_epilogue=True)
+        expected = [[math.nan, upper, 0.0, 0.0, 0.0][i % 5] for i in range(n)]
+        np.testing.assert_array_equal(actual, [expected] * 2)
+
+
+def test_tails_give_the_bits_of_the_whole_tile(table, kernel, rng):
+    whole = Tile(rng, kernel, True, kernel["mr"], kernel["nr"], 37)
+    expected = whole.run(table).copy()
+    for m in range(1, kernel["mr"] + 1):
+        for n in range(1, kernel["nr"] + 1):
+            for rows in (True, False):
+                part = Tile(rng, kernel, rows, m, n, 37)
+                part.a[:], part.b[:, :n] = whole.a[:m], whole.b[:, :n]
+                assert (part.run(table) == expected[:m, :n]).all(), (m, n, rows)
+
+
+def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
+    tile = Tile(rng, kernel, True, kernel["mr"], kernel["nr"], 12)
+    exact, bound = tile.reference()
+    first, second = (Tile(rng, kernel, True, tile.m, tile.n, 6) for _ in range(2))
+    first.a, first.b = np.ascontiguousarray(tile.a[:, :6]), tile.b[:6]
+    second.a, second.b = np.ascontiguousarray(tile.a[:, 6:]), tile.b[6:]
+    check(second.run(table, c_in=np.ascontiguousarray(first.run(table))), exact, bound)
+
+
+def activation_reference(name, x):
+    z = torch.from_numpy(x.astype(np.float64))
+    if name == "silu":
+        return (z * torch.sigmoid(z)).numpy()
+    if name == "hardswish":
+        return (z * (z + 3).clamp(0, 6) / 6).numpy()
+    return (0.5 * z * torch.special.erfc(-z / math.sqrt(2))).numpy()
+
+
+@pytest.mark.parametrize("name", list(ACTIVATION))
+def test_activation_accuracy(table, kernel, rng, name):
+    """A few units in the last place of the result, or of 1 + x where gelu and silu cancel."""
+    x = np.concatenate([np.linspace(-12, 12, 40001), rng.uniform(-3, 3, 20000), np.geomspace(1e-30, 1e4, 5000)])
+    x = np.concatenate([x, -x]).astype(kernel["dtype"])
+    tile = np.zeros((4, -(-x.size // 4)), kernel["dtype"])
+    tile.reshape(-1)[: x.size] = x
+    x = tile.copy()
+    table.activate(kernel["name"], tile, ACTIVATION[name])
+    exact, eps = activation_reference(name, x), np.finfo(kernel["dtype"]).eps
+    # silu's exp carries |x| eps of its argument; gelu's 1 + erf loses what erf is short of -1, an eps of |x|.
+    # Past x = -88 silu's exp overflows, in torch as well, and drops results of 20 times the smallest normal number.
+    allowed = 4 * eps * abs(exact) + eps * abs(x) * (2 if name == "gelu" else 0) + 32 * np.finfo(kernel["dtype"]).tiny
+    if name == "silu":
+        allowed += 2 * eps * abs(x * exact)
+    worst = (abs(tile - exact) / allowed).max()
+    assert worst <= 1, f"{worst:.3g} times what is allowed, at x = {x.flat[(abs(tile - exact) / allowed).argmax()]}"
+
+
+@pytest.mark.parametrize("name", list(ACTIVATION))
+def test_activation_of_special_values(table, kernel, name):
+    x = np.array([[math.nan, math.inf, -math.inf, 0.0, -0.0, 1e4, -1e4, 300.0, -300.0, 3.0, -3.0]], kernel["dtype"])
+    out = x.copy()
+    table.activate(kernel["name"], out, ACTIVATION[name])
+    expected = getattr(torch.nn.functional, name)(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(out, expected, rtol=1e-6 if name != "gelu" else 1e-4, atol=1e-30)
+
+
+def test_activation_tails(table, kernel, rng):
+    for n in range(1, kernel["nr"] + 1):
+        x = random(rng, (3, n), kernel)
+        for name, code in ACTIVATION.items():
+            out = x.copy()
+            table.activate(kernel["name"], out, code)
+            np.testing.assert_allclose(out, activation_reference(name, x), rtol=2e-5, atol=1e-6)
+
+
+def test_the_table_is_complete(table):
+    """Best last, one float32 and one float64 kernel for each instruction set, names that say what they are."""
+    kernels = table.list()
+    isas = [k["isa"] for k in kernels]
+    assert isas == sorted(isas, key=ISAS.index) and isas[:2] == ["scalar", "scalar"]
+    for k in kernels:
+        assert k["nr"] % k["vector"] == 0 and k["name"].startswith(f"{k['dtype']}_{k['mr']}x{k['nr']}_")
+    assert len({k["name"] for k in kernels}) == len(kernels)
+
+
+def test_unknown_names_and_shapes_are_refused(table):
+    a, b, out = (np.zeros((1, 1), np.float32) for _ in range(3))
+    with pytest.raises(ValueError, match="no microkernel 'nonsense'"):
+        table.run("nonsense", True, a, b, out, 1)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        table.run(table.list()[0]["name"], True, a, b, out, 2)
