@@ -20,7 +20,7 @@ if importlib.util.find_spec("torch") is None:
     sys.path.append(sysconfig.get_path("purelib"))
 if importlib.util.find_spec("torch") is None:
     if "egg_info" not in sys.argv:
-        raise SystemExit("conv1x1_ext is built against an installed torch (>= 2.10), and there is none here: install it.")
+        raise SystemExit("conv1x1_ext is built against an installed torch (>= 2.10), and there is none here.")
     setup(setup_requires=["torch>=2.10"])  # asked what the build needs
     sys.exit()
 

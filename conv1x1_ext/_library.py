@@ -50,18 +50,34 @@ def _size(size: int | torch.SymInt) -> int | None:
 
 
 def check_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: Sequence[int], groups: int
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    groups: int,
+    activation: int,
+    *,
+    grad_output: Tensor | None = None,
+    output: Tensor | None = None,
+    pools: bool = False,
 ) -> None:
     """Raises for fake or meta tensors exactly what the kernels raise for real ones.
 
     Symbolic sizes are checked by their example values, without guards: the kernel checks again at run time. Sizes with
     no example value (data-dependent ones) are left to the kernel alone.
 
+    Args:
+        input, weight, bias, residual, stride, groups: as the operators take them.
+        activation: its place in csrc/problem.h's list.
+        grad_output, output: of a backward operator.
+        pools: is it the average pooling's operator?
+
     Raises:
         RuntimeError: as the operator would, with the same message.
     """
     values: list[int] = []
-    for tensor in (input, weight, bias, residual):
+    for tensor in (input, weight, bias, residual, grad_output, output):
         if tensor is None:
             values += [0] * (5 + _MAX_DIMS)
             continue
@@ -72,7 +88,7 @@ def check_fake(
         values += [1, _SCALAR_TYPES.get(tensor.dtype, -1), _DEVICE_TYPES.get(tensor.device.type, -1)]
         values += [-1 if index is None else index, tensor.dim()]
         values += [s for s in sizes if s is not None] + [0] * (_MAX_DIMS - len(sizes))
-    values += [len(stride), *list(stride[:3]), *([1] * (3 - len(stride))), groups]
+    values += [len(stride), *list(stride[:3]), *([1] * (3 - len(stride))), groups, activation, pools]
     message = ctypes.create_string_buffer(1024)
     if not _check((ctypes.c_int64 * len(values))(*values), message, len(message) - 1):
         raise RuntimeError(message.value.decode())

@@ -37,6 +37,15 @@ assert set(_derivatives) == {activation_name(a) for a in ACTIVATIONS}
 # ---- fake tensors -------------------------------------------------------------------------------------------------
 
 
+def _index(activation: str) -> int:
+    """Its place in the kernels' list. An unknown name is the kernels' error."""
+    names = [activation_name(a) for a in ACTIVATIONS]
+    if activation not in names:
+        known = ", ".join(f"'{name}'" for name in names)
+        raise RuntimeError(f"conv1x1: activation: expected one of {known}, got '{activation}'")
+    return names.index(activation)
+
+
 def _empty_output(input: Tensor, weight: Tensor, stride: Sequence[int], groups: int) -> Tensor:
     spatial = weight.dim() - 2
     strides = list(stride) * spatial if len(stride) == 1 else list(stride)
@@ -83,7 +92,7 @@ def _conv1x1_fake(
     activation: str,
     allow_tf32: bool,
 ) -> Tensor:
-    _library.check_fake(input, weight, bias, residual, stride, groups)
+    _library.check_fake(input, weight, bias, residual, stride, groups, _index(activation))
     return _empty_output(input, weight, stride, groups)
 
 
@@ -102,7 +111,8 @@ def _conv1x1_backward_fake(
     need_bias: bool,
     need_residual: bool,
 ) -> tuple[Tensor | None, ...]:
-    _library.check_fake(input, weight, None, None, stride, groups)
+    index = _index(activation)
+    _library.check_fake(input, weight, None, None, stride, groups, index, grad_output=grad_output, output=output)
     return (
         _empty_input_grad(input) if need_input else None,
         _empty_weight_grad(weight) if need_weight else None,
@@ -115,7 +125,7 @@ def _conv1x1_backward_fake(
 def _avg_pool_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, allow_tf32: bool
 ) -> Tensor:
-    _library.check_fake(input, weight, bias, None, [1], groups)
+    _library.check_fake(input, weight, bias, None, [1], groups, _index(activation))
     batch = input.shape[: input.dim() - weight.dim() + 1]
     return input.new_empty([*batch, 0 if input.shape[len(batch)] == 0 else weight.shape[0]])
 
@@ -133,7 +143,8 @@ def _avg_pool_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, ...]:
-    _library.check_fake(input, weight, bias, None, [1], groups)
+    index = _index(activation)
+    _library.check_fake(input, weight, bias, None, [1], groups, index, grad_output=grad_output, pools=True)
     return (
         _empty_input_grad(input) if need_input else None,
         _empty_weight_grad(weight) if need_weight else None,

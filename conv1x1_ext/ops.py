@@ -52,7 +52,7 @@ def activation_name(activation: str | None) -> str:
     Raises:
         ValueError: for an unknown name.
     """
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"conv1x1: activation: expected one of {known}, got {activation!r}")
     return "none" if activation is None else activation
@@ -72,8 +72,16 @@ def _config(activation: str | None, stride: int | tuple[int, ...], groups: int, 
     return config
 
 
-def _stride_list(stride: int | Sequence[int]) -> list[int]:
-    return [stride] if isinstance(stride, int) else list(stride)
+def _stride_tuple(stride: Any) -> tuple[int, ...]:
+    """One stride, or one per spatial dimension.
+
+    Raises:
+        TypeError: for anything else than integers.
+    """
+    strides = (stride,) if isinstance(stride, int | torch.SymInt) else stride
+    if not isinstance(strides, Sequence) or not all(isinstance(s, int | torch.SymInt) for s in strides):
+        raise TypeError(f"conv1x1: stride: expected an integer or a sequence of integers, got {stride!r}")
+    return tuple(strides)
 
 
 def _transformed() -> bool:
@@ -204,7 +212,9 @@ def _eager(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    config = _config(activation, stride if type(stride) is int else _as_tuple(stride), groups, weight.dim() - 2)
+    if activation.__class__ is not str and activation is not None:
+        activation_name(activation)
+    config = _config(activation, stride if type(stride) is int else _stride_tuple(stride), groups, weight.dim() - 2)
     if not config:  # a stride or a number of groups that does not fit, or an error to be raised
         return _public(input, weight, bias, stride, groups, activation, residual)
     if torch.is_grad_enabled() and (
@@ -222,13 +232,6 @@ def _eager(
     return result
 
 
-def _as_tuple(stride: Any) -> tuple[int, ...]:
-    try:
-        return tuple(stride)
-    except TypeError:
-        raise TypeError(f"conv1x1: stride: expected an integer or a sequence of integers, got {stride!r}") from None
-
-
 def _public(
     input: Tensor,
     weight: Tensor,
@@ -240,7 +243,7 @@ def _public(
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not _needs_grad(input, weight, bias, residual)
     output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, _stride_list(stride), groups,
+        _ops.conv1x1.default, input, weight, bias, residual, _stride_tuple(stride), groups,
         activation_name(activation if fused else None), _allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
@@ -384,7 +387,7 @@ def explain(
     name = activation_name(activation)
     with torch.no_grad():
         cast = autocast(input, weight, bias, residual)
-        text = _ops._explain(*cast, _stride_list(stride), groups, name, direction)
+        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, direction)
     out = Explanation(_library.key_values(text))
     needs_grad = _needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:

@@ -163,8 +163,6 @@ std::string check_backward(const ConvArgs& args, const TensorInfo& grad_output, 
   return error.empty() ? check_like_input("output", output, args.input) : error;
 }
 
-std::string check_avg_pool(const ConvArgs& args) { return check_conv(args); }
-
 std::string check_avg_pool_backward(const ConvArgs& args, const TensorInfo& grad_output) {
   std::string error = check_conv(args);
   if (!error.empty()) return error;

@@ -40,7 +40,6 @@ std::string check_stride_count(int64_t count);
 std::string check_conv(const ConvArgs& args);
 // grad_output must have the output's shape and the input's dtype and device; so must output where it is given.
 std::string check_backward(const ConvArgs& args, const TensorInfo& grad_output, const TensorInfo& output);
-std::string check_avg_pool(const ConvArgs& args);
 std::string check_avg_pool_backward(const ConvArgs& args, const TensorInfo& grad_output);
 
 inline int64_t output_size(int64_t in, int64_t stride) { return in == 0 ? 0 : (in - 1) / stride + 1; }

@@ -36,14 +36,16 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
   m.def("_build_info() -> str");
 }
 
-// The same checks for fake tensors, called through ctypes with plain integers. For input, weight, bias, residual:
-// defined, dtype, device type, device index, ndim, sizes[8]; then stride count, stride[3], groups.
-// Returns whether the arguments are good; otherwise the message is in `message`.
+// The same checks for fake tensors, called through ctypes with plain integers (conv1x1_ext/_library.py). For input,
+// weight, bias, residual, grad_output and output: defined, dtype, device type, device index, ndim, sizes[8]; then
+// stride count, stride[3], groups, activation, and whether the operator pools. Returns whether the arguments are good;
+// otherwise the message is in `message`.
 extern "C" __attribute__((visibility("default"))) int conv1x1_ext_check(const int64_t* values, char* message,
                                                                         int64_t capacity) {
   using namespace conv1x1;
   ConvArgs args;
-  for (TensorInfo* t : {&args.input, &args.weight, &args.bias, &args.residual}) {
+  TensorInfo grad_output, output;
+  for (TensorInfo* t : {&args.input, &args.weight, &args.bias, &args.residual, &grad_output, &output}) {
     t->defined = values[0] != 0;
     t->dtype = static_cast<int>(values[1]);
     t->device_type = static_cast<int>(values[2]);
@@ -57,7 +59,12 @@ extern "C" __attribute__((visibility("default"))) int conv1x1_ext_check(const in
   if (error.empty()) {
     for (int d = 0; d < 3; ++d) args.stride[d] = values[1 + d];
     args.groups = values[4];
-    error = check_conv(args);
+    args.activation = static_cast<Activation>(values[5]);
+    const bool pools = values[6] != 0;
+    if (!grad_output.defined)
+      error = check_conv(args);
+    else
+      error = pools ? check_avg_pool_backward(args, grad_output) : check_backward(args, grad_output, output);
   }
   std::strncpy(message, error.c_str(), static_cast<size_t>(capacity));
   return error.empty();

@@ -58,23 +58,31 @@ bool is_channels_last(const int64_t* size, const int64_t* stride, int64_t ndim) 
 
 bool is_channels_last(const TensorInfo& t) { return is_channels_last(t.size, t.stride, t.ndim); }
 
-// As torch sees it, with a batch of 1 put before an unbatched input.
-bool input_channels_last(const ConvArgs& args) {
-  const TensorInfo& x = args.input;
-  if (args.batched()) return is_channels_last(x);
-  int64_t size[kMaxDims] = {1}, stride[kMaxDims] = {x.size[0] * x.stride[0]};
-  std::copy(x.size, x.size + x.ndim, size + 1);
-  std::copy(x.stride, x.stride + x.ndim, stride + 1);
-  return is_channels_last(size, stride, x.ndim + 1);
+// A tensor as torch's convolution sees it: a batch of 1 before an unbatched input, and (N, C, L) as (N, C, 1, L).
+bool is_channels_last_in_conv(const TensorInfo& t, int64_t conv_ndim) {
+  int64_t size[kMaxDims], stride[kMaxDims], n = 0;
+  if (t.ndim < conv_ndim) {
+    size[n] = 1;
+    stride[n++] = t.size[0] * t.stride[0];
+  }
+  for (int64_t d = 0; d < t.ndim; ++d) {
+    if (conv_ndim == 3 && n == 2) {
+      size[n] = 1;
+      stride[n++] = t.size[d] * t.stride[d];
+    }
+    size[n] = t.size[d];
+    stride[n++] = t.stride[d];
+  }
+  return is_channels_last(size, stride, n);
 }
 
-// A 1d weight, as torch sees it: with one more spatial dimension.
-bool weight_channels_last(const ConvArgs& args) {
-  const TensorInfo& w = args.weight;
-  if (w.ndim > 3) return is_channels_last(w);
-  const int64_t size[4] = {w.size[0], w.size[1], 1, 1},
-                stride[4] = {w.stride[0], w.stride[1], w.stride[2], w.stride[2]};
-  return is_channels_last(size, stride, 4);
+bool is_contiguous(const TensorInfo& t) {
+  int64_t step = 1;
+  for (int64_t d = t.ndim - 1; d >= 0; --d) {
+    if (t.size[d] != 1 && t.stride[d] != step) return false;
+    step *= t.size[d];
+  }
+  return true;
 }
 
 // When torch hands a 3d convolution of size 1 to oneDNN; its other 3d convolution knows no channels last.
@@ -105,9 +113,12 @@ void dense_strides(const int64_t* size, int64_t ndim, bool channels_last, int64_
 bool output_channels_last(const ConvArgs& args, int threads) {
   const TensorInfo& x = args.input;
   if (std::find(x.size, x.size + x.ndim, 0) != x.size + x.ndim) return false;
-  if (args.spatial() == 1) return weight_channels_last(args);  // torch makes a 1d input contiguous first
-  if (!weight_channels_last(args) && !input_channels_last(args)) return false;
-  return args.spatial() == 2 || torch_3d_knows_channels_last(args, threads);
+  // A 1d input is made contiguous first, which leaves one that is contiguous but for sizes of 1 as it was.
+  const bool input_counts = args.spatial() > 1 || is_contiguous(x);
+  if (!is_channels_last_in_conv(args.weight, args.weight.ndim) &&
+      !(input_counts && is_channels_last_in_conv(x, args.weight.ndim)))
+    return false;
+  return args.spatial() < 3 || torch_3d_knows_channels_last(args, threads);
 }
 
 // (C, ...) or (N, C, ...) strides as N C D H W.
@@ -322,7 +333,7 @@ Tensor conv1x1_avg_pool(const Tensor& input, const Tensor& weight, const MaybeTe
   ConvArgs args = conv_args(input, weight, bias, std::nullopt);
   args.groups = groups;
   set_activation(args, activation);
-  raise_if(check_avg_pool(args));
+  raise_if(check_conv(args));
   Conv1x1Problem p = problem_of(args, input, weight);
   p.bias = bias_view(args, bias);
   const int64_t size[2] = {p.batch, args.input.size[args.batched() ? 1 : 0] == 0 ? 0 : p.c_out},
