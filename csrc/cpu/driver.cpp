@@ -79,8 +79,8 @@ class Worker {
     out_storage_ = static_cast<int>(p_.out_dtype);
     carried_ = plan.k_step < plan.slice;
     const int64_t spare = carried_ ? plan.block_m * plan.block_n : 0;
-    chain_ = accumulators_ + spare * tile_;
-    staged_ = chain_ + tile_;
+    partial_ = accumulators_ + spare * tile_;
+    staged_ = partial_ + tile_;
     residual_ = staged_ + tile_;
     in_place_ = p_.out_dtype == kernel_.dtype;
     constexpr double inf = std::numeric_limits<double>::infinity();
@@ -116,9 +116,9 @@ class Worker {
   void join_slices(int part, int parts) {
     const Range rows = share(p_.groups * p_.m, parts, part);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      T* sum = partial(0, row);
+      T* sum = slice_sum(0, row);
       for (int64_t s = 1; s < plan_.slices; ++s) {
-        const T* next = partial(s, row);
+        const T* next = slice_sum(s, row);
         for (int64_t j = 0; j < p_.n; ++j) sum[j] += next[j];
       }
       const int64_t group = row / p_.m, i = row % p_.m;
@@ -165,7 +165,7 @@ class Worker {
     return {r.begin * t.per_segment, r.end * t.per_segment};
   }
 
-  T* partial(int64_t slice, int64_t row) const {
+  T* slice_sum(int64_t slice, int64_t row) const {
     return reinterpret_cast<T*>(shared_.partials) + (slice * p_.groups * p_.m + row) * p_.n;
   }
 
@@ -303,45 +303,30 @@ class Worker {
     for (int64_t i = is.begin; i < is.end; ++i) {
       const Tiling::Tile ti = plan_.m[i];
       TileArgs args;
+      args.k = nk;
+      args.chain = plan_.kc;
+      args.partial = partial_;
       prepare_row(ti, k0, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
         const Column& c = columns_[j];
-        T* chain = carried_ ? accumulators_ + ((i - is.begin) * plan_.block_n + j) * tile_ : chain_;
+        T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.block_n + j) * tile_ : partial_;
+        const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
         args.b = c.b;
         args.ldb = c.ldb;
         args.n = c.tile.size;
-        tile(fns[c.tile.padded_size / kernel_.vector - 1], args, ti, row, c, nk, chain, first, last);
+        args.c_in = first ? nullptr : sum;
+        args.ld_in = kernel_.nr;
+        if (last) {
+          finish(fn, args, ti, row, c);
+        } else {
+          args.c_out = sum;
+          args.ld_out = kernel_.nr;
+          fn(args);
+        }
       }
     }
-  }
-
-  // One output tile over nk of k, in chains of kc joined in order.
-  void tile(TileFn fn, TileArgs args, const Tiling::Tile& ti, const Run& row, const Column& c, int64_t nk, T* chain,
-            bool first, bool last) {
-    const void* rows[kMaxMr];
-    args.ld_in = kernel_.nr;
-    args.c_in = first ? nullptr : chain;
-    for (int64_t left = nk; left > plan_.kc; left -= plan_.kc) {
-      args.k = plan_.kc;
-      args.c_out = chain;
-      args.ld_out = kernel_.nr;
-      fn(args);
-      args.c_in = chain;
-      args.b = static_cast<const T*>(args.b) + args.k * args.ldb;
-      if (plan_.a_access == AccessA::kRows) {
-        for (int64_t r = 0; r < ti.size; ++r) rows[r] = static_cast<const T*>(args.a_rows[r]) + args.k;
-        args.a_rows = rows;
-      } else {
-        args.a = static_cast<const T*>(args.a) + args.k * args.lda;
-      }
-    }
-    args.k = nk > 0 ? (nk - 1) % plan_.kc + 1 : 0;
-    if (last) return finish(fn, args, ti, row, c);
-    args.c_out = chain;
-    args.ld_out = kernel_.nr;
-    fn(args);
   }
 
   void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
@@ -349,11 +334,11 @@ class Worker {
                                        nullptr, aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
   }
 
-  // The last chain of a tile: partial result, or epilogue and the way out.
-  void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Run& row, const Column& c) {
+  // The end of a tile: sum of a k-slice, or epilogue and the way out.
+  void finish(TileFn fn, TileArgs args, const Tiling::Tile& ti, const Run& row, const Column& c) {
     const Tiling::Tile& tj = c.tile;
     if (plan_.slices > 1) {
-      args.c_out = partial(slice_, group_ * p_.m + ti.start) + tj.start;
+      args.c_out = slice_sum(slice_, group_ * p_.m + ti.start) + tj.start;
       args.ld_out = p_.n;
       fn(args);
       return;
@@ -421,7 +406,7 @@ class Worker {
   const Shared& shared_;
   Epilogue epilogue_;
   Column columns_[kMaxBlockN];
-  T *block_a_, *block_b_, *accumulators_, *chain_, *staged_, *residual_;
+  T *block_a_, *block_b_, *accumulators_, *partial_, *staged_, *residual_;
   int64_t tile_, group_ = 0, slice_ = 0, block_a_start_ = 0, block_b_start_ = 0;
   int storage_, out_storage_;
   bool carried_, in_place_, transcendental_, first_n_share_ = true;

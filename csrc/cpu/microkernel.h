@@ -1,8 +1,8 @@
 // The contract of a microkernel and of the packed panels. Torch-free; no intrinsics here.
 //
-// A microkernel computes one tile, acc(i, j) = sum_k A(i, k) * B(k, j), i < m <= MR, j < n <= NR: a single accumulator
-// per output, k ascending, one multiply-add a step. That chain is all that decides a result's bits, so tiles of any
-// shape agree.
+// A microkernel computes one tile, acc(i, j) = sum_k A(i, k) * B(k, j), i < m <= MR, j < n <= NR, in chains of `chain`
+// steps: a single accumulator per output, k ascending, one multiply-add a step; then the sum so far (kept in `partial`)
+// + the chain's. That is all that decides a result's bits, so tiles of any shape agree.
 //
 //   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]
 //          k=0  a00 a10 a20 .. a(MR-1)0             a_rows[0] -> a00 a01 a02 a03 ..      (k contiguous)
@@ -44,7 +44,7 @@ struct Epilogue {
 };
 
 struct TileArgs {
-  int64_t k = 0, n = 0;
+  int64_t k = 0, n = 0, chain = 0;
   const void* const* a_rows = nullptr;
   const void* a = nullptr;
   int64_t lda = 0;
@@ -52,6 +52,7 @@ struct TileArgs {
   int64_t ldb = 0;
   const void* c_in = nullptr;
   int64_t ld_in = 0;
+  void* partial = nullptr;  // MR * NR elements; may be c_in. Not read before it is written, unused where k <= chain
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Epilogue* epilogue = nullptr;

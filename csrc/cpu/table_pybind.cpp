@@ -47,6 +47,7 @@ struct Call {
   conv1x1::TileArgs args;
   conv1x1::Epilogue epilogue;
   std::vector<const void*> rows;
+  std::vector<T> partial;
   conv1x1::TileFn fn;
 };
 
@@ -65,6 +66,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const A
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
   for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
+  call.args.chain = 64;  // as the library plans it for most layers
+  call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
   call.args.n = n;
   call.args.a = a.data();
   call.args.lda = m;
@@ -82,6 +85,7 @@ void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> ou
   if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8)) throw std::invalid_argument("dtype");
   Call<T> call = prepare<T>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
+  call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
     if (o.is_none()) return nullptr;
     // A cast would make a temporary copy of anything else.
@@ -106,6 +110,7 @@ double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Arr
   const Microkernel& kernel = find(name);
   Call<T> call = prepare<T>(kernel, rows, a, b, out, kernel.nr);
   call.args.a_rows = call.rows.data();
+  call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
   double best = 0;
   for (int r = 0; r < rounds; ++r) {
