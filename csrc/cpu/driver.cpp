@@ -329,6 +329,17 @@ class Worker {
     }
   }
 
+  // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
+  // one that waits for its line holds up all that follow.
+  static void prefetch_out(const T* out, int64_t ld, int64_t rows, int64_t cols) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* row = out + i * ld;
+      for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(row + j, 1);
+      __builtin_prefetch(row + cols - 1, 1);
+    }
+  }
+
   void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
     kernel_.pack_r_major[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride),
                                        nullptr, aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
@@ -368,6 +379,7 @@ class Worker {
       e.residual = residual_;
       e.ld_residual = kernel_.nr;
     }
+    if (direct) prefetch_out(out, ld, ti.size, tj.size);
     args.c_out = out;
     args.ld_out = ld;
     fn(args);
