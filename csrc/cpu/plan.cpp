@@ -17,6 +17,7 @@ namespace {
 // to 3 times stock torch's (which sums narrow layers in many short chains), with 64 up to 3 times for narrow ones
 // alone.
 constexpr int64_t kChain = 64, kNarrowChain = 32;
+constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
@@ -87,8 +88,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.slices = std::max<int64_t>(ceil_div(p.k, plan.slice), 1);
   }
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
-  const int64_t longest = p.split_k ? 2 * plan.kc : std::max(l2_bytes() / 2 / (plan.kernel->nr * element), plan.kc);
-  plan.k_step = packs && plan.slice > longest ? plan.kc : std::max<int64_t>(plan.slice, 1);
+  const int64_t longest = p.split_k ? 2 * kPackedK : std::max(l2_bytes() / 2 / (plan.kernel->nr * element), kPackedK);
+  plan.k_step = packs && plan.slice > longest ? kPackedK : std::max<int64_t>(plan.slice, 1);
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles.
