@@ -168,7 +168,7 @@ def assert_close_to_reference(ours: Tensor, stock: Tensor, ref64: Tensor, magnit
     norm = ref64.norm().item()
     if norm == 0:
         return
-    few = ref64.unique().numel() < 128  # an expanded input repeats its outputs
+    few = ref64.unique().numel() < 512  # an expanded input repeats its outputs; one pixel shares its rounding
     # 0.6 eps sqrt(chain) is 3.5 standard deviations of a random walk along one chain.
     floor = eps * (magnitude.norm().item() / norm * max(1, 0.6 * min(k, 64) ** 0.5) if few else 0.5)
     ratio_ours, ratio_stock = error.norm().item() / norm, (stock64 - ref64).norm().item() / norm
