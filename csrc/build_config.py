@@ -17,9 +17,9 @@ KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name 
 LIBRARY_SOURCES = [
     "ops.cpp",
     "checks.cpp",
+    "lower.cpp",
     "cpu/conv1x1_cpu.cpp",
     "cpu/avg_pool.cpp",
-    "cpu/lower.cpp",
     "cpu/plan.cpp",
     "cpu/driver.cpp",
     *KERNEL_SOURCES,

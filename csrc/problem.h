@@ -1,6 +1,6 @@
 // What a 1x1 convolution is, without torch: the only thing the binding hands to the kernels.
 // Every tensor is seen as (N, C, D, H, W) with strides in elements; missing spatial dimensions have size 1.
-// Filled by conv1x1_cpu.cpp, read by cpu/lower.cpp.
+// Filled by the bindings, read by lower.cpp.
 #pragma once
 
 #include <cstdint>

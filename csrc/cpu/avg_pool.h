@@ -1,7 +1,7 @@
 // Passes beside the GEMM: conv1x1 + activation + global average pooling, the masked gradient, and dgrad's zeros.
 #pragma once
 
-#include "gemm.h"
+#include "plan.h"
 
 namespace conv1x1 {
 

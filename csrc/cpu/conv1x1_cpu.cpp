@@ -11,7 +11,7 @@
 
 #include "../tensor_checks.h"
 #include "avg_pool.h"
-#include "gemm.h"
+#include "plan.h"
 
 namespace conv1x1 {
 namespace {

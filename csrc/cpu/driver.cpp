@@ -16,7 +16,7 @@
 #include <cstring>
 #include <limits>
 
-#include "gemm.h"
+#include "plan.h"
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif

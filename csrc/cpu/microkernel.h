@@ -20,19 +20,13 @@
 #include <cstdint>
 #include <string>
 
-#include "../problem.h"
+#include "../gemm.h"
 
 namespace conv1x1 {
-
-struct Axis;
-struct Matrix;
 
 constexpr int kMaxMr = 8, kMaxNv = 3, kMaxNr = 48;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
-
-// dz = dy where the mask lets it through. Written so that a NaN output passes the gradient, as in torch.
-enum class Mask : int { kNone, kReLU, kReLU6 };
 
 // min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
 struct Epilogue {

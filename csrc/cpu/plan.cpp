@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "gemm.h"
+#include "plan.h"
 
 namespace conv1x1 {
 namespace {

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "gemm.h"
+#include "plan.h"
 
 namespace py = pybind11;
 

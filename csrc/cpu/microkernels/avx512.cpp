@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../gemm.h"
+#include "../plan.h"
 
 CONV1X1_TARGET_BEGIN("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
 namespace conv1x1 {

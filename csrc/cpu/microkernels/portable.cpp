@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../gemm.h"
+#include "../plan.h"
 
 namespace conv1x1 {
 namespace {

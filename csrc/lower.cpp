@@ -7,6 +7,8 @@
 //            channels last     pixels  C_in    C_out   dz         W         dx
 //   wgrad    any               C_out   C_in    pixels  dz         x^T       dw
 // dz is dy under the mask of the saved output y: the mask is applied as dy is packed.
+#include <initializer_list>
+
 #include "gemm.h"
 
 namespace conv1x1 {

@@ -1,0 +1,62 @@
+// How the CPU runs a GemmProblem.
+//
+//   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> the loops
+//   microkernel.h   what runs inside a tile
+#pragma once
+
+#include <string>
+
+#include "../gemm.h"
+#include "microkernel.h"
+
+namespace conv1x1 {
+
+enum class Operand : int { kDirect, kPackOnce, kPackBlock };
+
+// m or n cut into segments, and each segment into tiles of nearly equal numbers of vectors.
+struct Tiling {
+  int64_t segment = 0, segments = 0, unit = 1, vectors = 0, per_segment = 0;
+  int64_t least = 0, longer = 0;  // vectors of a tile, and how many tiles have one more
+
+  Tiling() = default;
+  Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units);
+  int64_t count() const { return segments * per_segment; }
+  int64_t padded() const { return segments * vectors * unit; }  // with every segment rounded up to whole vectors
+
+  struct Tile {
+    int64_t start, size, padded_start, padded_size, segment;
+  };
+  Tile operator[](int64_t t) const {
+    const int64_t s = segments == 1 ? 0 : t / per_segment, j = t - s * per_segment;
+    const int64_t first = j * least + (j < longer ? j : longer), units = least + (j < longer ? 1 : 0);
+    const int64_t at = first * unit, left = segment - at;
+    return {s * segment + at, units * unit < left ? units * unit : left, (s * vectors + first) * unit, units * unit, s};
+  }
+};
+
+constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
+
+struct Plan {
+  const Microkernel* kernel = nullptr;
+  Tiling m, n;
+  Operand a = Operand::kDirect, b = Operand::kDirect;
+  AccessA a_access = AccessA::kRows;
+  int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
+  int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice
+  int64_t slices = 1, slice = 0;     // k-slices and their length
+  int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
+  // workspace, in bytes
+  int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
+  int64_t per_thread() const;
+  int64_t total() const;
+};
+
+// Pure: the same problem, thread count and table always give the same plan.
+Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
+std::string describe(const GemmProblem& problem, const Plan& plan);
+
+enum Status : int { kOk = 0, kOutOfMemory = 1 };
+Status run_gemm(const GemmProblem& problem, const Plan& plan);
+
+}  // namespace conv1x1
