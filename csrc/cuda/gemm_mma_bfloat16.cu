@@ -1,0 +1,8 @@
+// Tensor-core kernels for bfloat16.
+#include "gemm_mma_table.cuh"
+
+namespace conv1x1::cuda {
+
+template cudaError_t launch_mma<__nv_bfloat16>(const GemmParams&, const Plan&, uint32_t, cudaStream_t);
+
+}  // namespace conv1x1::cuda

@@ -1,0 +1,231 @@
+// GEMM on tensor cores for float16, bfloat16 and float32 as TF32: mma.sync, fed by ldmatrix from swizzled shared memory,
+// filled by cp.async a few stages ahead. For sm_80 and later. float32 accumulation.
+//
+// A block computes kBlockM x kBlockN of D, a warp kWarpM x kWarpN of it. Per stage of 64 bytes along k, a warp takes two
+// steps of 32 bytes: k = 16 for 16-bit types, 8 for TF32. The mask of a gradient is applied to the fragments between
+// shared memory and mma, from a tile of the saved output beside the operand's; dbias is summed from the same fragments.
+#pragma once
+
+#include <type_traits>
+
+#include "epilogue.cuh"
+#include "heuristics.h"
+#include "tile_loader.cuh"
+
+namespace conv1x1::cuda {
+
+template <class T_, int kBlockM_, int kBlockN_, int kWarpM_, int kStages_, Major kMajorA_, Major kMajorB_,
+          Masked kMasked_, bool kRowSums_>
+struct MmaConfig {
+  using T = T_;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpM = kWarpM_, kWarpN = 32, kStages = kStages_;
+  static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
+  static constexpr Masked kMasked = kMasked_;
+  static constexpr bool kRowSums = kRowSums_;  // wgrad: sums of A's rows, and a mask of A that may be absent
+  static constexpr int kWarpsN = kBlockN / kWarpN;
+  static constexpr int kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
+  static constexpr int kBlockK = kBlockKBytes / sizeof(T);
+  static constexpr int kAuxBlock = kMasked == Masked::kA ? kBlockM : kMasked == Masked::kB ? kBlockN : 0;
+  static constexpr int kStageBytes = (kBlockM + kBlockN + kAuxBlock) * kBlockKBytes;
+  static constexpr int kMainloopBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes =
+      kMainloopBytes > kEpilogueBytes<float, kBlockN> ? kMainloopBytes : kEpilogueBytes<float, kBlockN>;
+  static_assert(kEpilogueRows % kWarpM == 0, "a warp's rows finish in one pass of the epilogue");
+};
+
+// Two 16-bit elements, or a float32, of dy where the saved output lets it through.
+template <class T>
+__device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, Mask mask) {
+  if constexpr (sizeof(T) == 4) {
+    return passes(__uint_as_float(y), mask) ? dy : 0u;
+  } else {
+    T pair[2];
+    memcpy(pair, &y, 4);
+    return (passes(widen(pair[0]), mask) ? dy & 0x0000ffffu : 0u) | (passes(widen(pair[1]), mask) ? dy & 0xffff0000u : 0u);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float sum_of(uint32_t bits) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(bits);
+  } else {
+    T pair[2];
+    memcpy(pair, &bits, 4);
+    return widen(pair[0]) + widen(pair[1]);
+  }
+}
+
+// A's fragment (16 x 32 bytes of k): rows row0 to row0 + 15, k chunks 2 * step and 2 * step + 1.
+template <class T, Major kMajor, int kBlock>
+__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const unsigned char* tile, int row0, int step,
+                                                int lane) {
+  using Layout = TileLayout<T, kMajor, kBlock>;
+  if constexpr (kMajor == Major::kK) {
+    ptx::ldmatrix_x4(a, tile + Layout::offset(row0 + lane % 16, 2 * step + lane / 16));
+  } else if constexpr (sizeof(T) == 2) {
+    const int k = 16 * step + lane / 16 * 8 + lane % 8;
+    ptx::ldmatrix_x4_trans(a, tile + Layout::offset(k, row0 / 8 + lane / 8 % 2));
+  } else {
+    const int m = row0 + lane / 4, k = 8 * step + lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at_m = m + (i & 1) * 8, at_k = k + (i >> 1) * 4;
+      a[i] = *reinterpret_cast<const uint32_t*>(tile + Layout::offset(at_k, at_m / 4) + at_m % 4 * 4);
+    }
+  }
+}
+
+// B's fragments of columns col0 to col0 + 15: b[0], b[1] of the first eight, b[2], b[3] of the others.
+template <class T, Major kMajor, int kBlock>
+__device__ __forceinline__ void load_fragment_b(uint32_t (&b)[4], const unsigned char* tile, int col0, int step,
+                                                int lane) {
+  using Layout = TileLayout<T, kMajor, kBlock>;
+  if constexpr (kMajor == Major::kK) {
+    ptx::ldmatrix_x4(b, tile + Layout::offset(col0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+  } else if constexpr (sizeof(T) == 2) {
+    const int k = 16 * step + lane / 8 % 2 * 8 + lane % 8;
+    ptx::ldmatrix_x4_trans(b, tile + Layout::offset(k, col0 / 8 + lane / 16));
+  } else {
+    const int n = col0 + lane / 4, k = 8 * step + lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at_n = n + (i >> 1) * 8, at_k = k + (i & 1) * 4;
+      b[i] = *reinterpret_cast<const uint32_t*>(tile + Layout::offset(at_k, at_n / 4) + at_n % 4 * 4);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  if constexpr (std::is_same_v<T, float>)
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  else
+    ptx::mma_m16n8k16(d, a, b, T());
+}
+
+template <int kCount>
+__device__ __forceinline__ void round_to_tf32(uint32_t (&fragment)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) fragment[i] = ptx::round_to_tf32(fragment[i]);
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
+    gemm_mma(const __grid_constant__ GemmParams p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // plans never choose it below
+  using T = typename C::T;
+  constexpr int kFragmentsM = C::kWarpM / 16, kPairsN = C::kWarpN / 16;
+  constexpr int kOffsetB = C::kBlockM * kBlockKBytes, kOffsetAux = kOffsetB + C::kBlockN * kBlockKBytes;
+  CONV1X1_DYNAMIC_SHARED(shared);
+
+  const TileIndex t = tile_index(p);
+  const uint32_t m0 = t.tile_m * C::kBlockM, n0 = t.tile_n * C::kBlockN;
+  const uint32_t k_begin = t.slice * p.slice, k_end = min(p.k - min(k_begin, p.k), p.slice) + k_begin;
+  const int steps = static_cast<int>((k_end - k_begin + C::kBlockK - 1) / C::kBlockK);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / C::kWarpsN * C::kWarpM, warp_n = warp % C::kWarpsN * C::kWarpN;
+  const bool sums_rows = C::kRowSums && p.row_sums && t.tile_n == 0 && warp_n == 0;
+
+  const TileLoader<T, C::kMajorA, C::kBlockM, C::kThreads, C::kMasked == Masked::kA> load_a(p.a, t, m0);
+  const TileLoader<T, C::kMajorB, C::kBlockN, C::kThreads, C::kMasked == Masked::kB> load_b(p.b, t, n0);
+  const auto load_stage = [&](int step) {
+    unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
+    const uint32_t k = k_begin + step * C::kBlockK;
+    load_a.load(stage, stage + kOffsetAux, k, k_end);
+    load_b.load(stage + kOffsetB, stage + kOffsetAux, k, k_end);
+  };
+
+  float sums[kFragmentsM][2 * kPairsN][4] = {};
+  float row_sums[kFragmentsM][2] = {};
+
+  // The first kStages - 1 rounds only load.
+  for (int step = 1 - C::kStages; step < steps; ++step) {
+    if (step >= 0) {
+      ptx::cp_async_wait<C::kStages - 2>();
+      __syncthreads();  // this stage is there for all, and all are done with the one that is filled next
+    }
+    if (step + C::kStages - 1 < steps) load_stage(step + C::kStages - 1);
+    ptx::cp_async_commit();
+    if (step < 0) continue;
+
+    const unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      uint32_t a[kFragmentsM][4], b[kPairsN][4];
+#pragma unroll
+      for (int j = 0; j < kPairsN; ++j) {
+        load_fragment_b<T, C::kMajorB, C::kBlockN>(b[j], stage + kOffsetB, warp_n + j * 16, s, lane);
+        if constexpr (C::kMasked == Masked::kB) {
+          uint32_t y[4];
+          load_fragment_b<T, C::kMajorB, C::kBlockN>(y, stage + kOffsetAux, warp_n + j * 16, s, lane);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], p.mask);
+        }
+        if constexpr (std::is_same_v<T, float>) round_to_tf32(b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+        load_fragment_a<T, C::kMajorA, C::kBlockM>(a[i], stage, warp_m + i * 16, s, lane);
+        if constexpr (C::kMasked == Masked::kA) {
+          if (!C::kRowSums || p.mask != Mask::kNone) {
+            uint32_t y[4];
+            load_fragment_a<T, C::kMajorA, C::kBlockM>(y, stage + kOffsetAux, warp_m + i * 16, s, lane);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) a[i][e] = masked<T>(a[i][e], y[e], p.mask);
+          }
+        }
+        if (C::kRowSums && sums_rows) {
+          row_sums[i][0] += sum_of<T>(a[i][0]) + sum_of<T>(a[i][2]);
+          row_sums[i][1] += sum_of<T>(a[i][1]) + sum_of<T>(a[i][3]);
+        }
+        if constexpr (std::is_same_v<T, float>) round_to_tf32(a[i]);
+#pragma unroll
+        for (int j = 0; j < kPairsN; ++j) {
+          multiply_add<T>(sums[i][2 * j], a[i], b[j][0], b[j][1]);
+          multiply_add<T>(sums[i][2 * j + 1], a[i], b[j][2], b[j][3]);
+        }
+      }
+    }
+  }
+  ptx::cp_async_wait<0>();
+
+  if (C::kRowSums && sums_rows) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float sum = row_sums[i][h];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        const uint32_t m = m0 + warp_m + i * 16 + h * 8 + lane / 4;
+        if (lane % 4 == 0 && m < p.m)
+          static_cast<float*>(p.row_sums)[(static_cast<int64_t>(t.slice) * p.groups + t.group) * p.m + m] = sum;
+      }
+  }
+
+  float* tile = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int pass = 0; pass < C::kBlockM / kEpilogueRows; ++pass) {
+    __syncthreads();  // the stages, or the pass before, are read
+    if (warp_m / kEpilogueRows == pass) {
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+        for (int j = 0; j < 2 * kPairsN; ++j)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = warp_m % kEpilogueRows + i * 16 + h * 8 + lane / 4, col = warp_n + j * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(tile + row * kEpilogueStride<C::kBlockN> + col) =
+                make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
+          }
+    }
+    __syncthreads();
+    epilogue<T, C::kBlockN, C::kThreads>(tile, p, t, m0 + pass * kEpilogueRows, n0,
+                                         (p.pool_along_n ? t.tile_n : t.tile_m * (C::kBlockM / kEpilogueRows) + pass));
+  }
+#endif
+}
+
+}  // namespace conv1x1::cuda

@@ -1,0 +1,213 @@
+// What is not one GEMM: the masked copy, dgrad's zeros, and average pooling forward and backward.
+#include <algorithm>
+
+#include "epilogue.cuh"
+#include "gemm_run.h"
+
+namespace conv1x1::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+int64_t block_count(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+struct CopyParams {
+  const void* dy = nullptr;
+  const void* y = nullptr;
+  void* dz = nullptr;
+  DeviceAxis from_row, from_col, to_row, to_col;  // aux of `from`: y
+  int64_t rows = 0, cols = 0;
+  Mask mask = Mask::kNone;
+};
+
+template <class T, int kChunk>
+__global__ void __launch_bounds__(kThreads) masked_copy(const __grid_constant__ CopyParams p) {
+  const int64_t chunks = p.cols / kChunk, i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= p.rows * chunks) return;
+  const uint32_t row = static_cast<uint32_t>(i / chunks), col = static_cast<uint32_t>(i % chunks) * kChunk;
+  const Offsets from_row = p.from_row.at(row), from_col = p.from_col.at(col);
+  const auto dy = load_chunk<kChunk>(static_cast<const T*>(p.dy) + from_row.data + from_col.data);
+  const auto y = load_chunk<kChunk>(static_cast<const T*>(p.y) + from_row.aux + from_col.aux);
+  Chunk<T, kChunk> dz;
+#pragma unroll
+  for (int j = 0; j < kChunk; ++j) {
+    const bool through = passes(widen(y.value[j]), p.mask);
+    dz.value[j] = through ? dy.value[j] : narrow<T>(typename Accumulator<T>::type(0));
+  }
+  *reinterpret_cast<Chunk<T, kChunk>*>(static_cast<T*>(p.dz) + p.to_row.at(row).data + p.to_col.at(col).data) = dz;
+}
+
+// z = dy / pixels * activation'(z), z dense: channels last, or (N, C, pixels).
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pool_gradient(T* z, const T* dy, int64_t dy_image, int64_t dy_channel, int64_t images, int64_t channels,
+                  int64_t pixels, bool channels_last, Activation activation) {
+  using Acc = typename Accumulator<T>::type;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= images * channels * pixels) return;
+  const int64_t image = i / (channels * pixels), channel = channels_last ? i % channels : i / pixels % channels;
+  const Acc gradient = widen(dy[image * dy_image + channel * dy_channel]) / static_cast<Acc>(pixels);
+  z[i] = narrow<T>(static_cast<Acc>(gradient * activation_derivative<Acc>(widen(z[i]), activation)));
+}
+
+template <class T>
+bool copies_in_chunks(const MaskedCopy& copy, int chunk) {
+  const auto fits = [&](const Axis& axis, const int64_t* stride, bool inner) {
+    bool ok = !inner || (stride[axis.nd - 1] == 1 && axis.inner_size() % chunk == 0);
+    for (int d = 0; d < axis.nd - (inner ? 1 : 0); ++d) ok = ok && (axis.size[d] == 1 || stride[d] % chunk == 0);
+    return ok;
+  };
+  const auto aligned = [&](const void* data) { return reinterpret_cast<intptr_t>(data) % (chunk * sizeof(T)) == 0; };
+  const Matrix &from = copy.from, &to = copy.to;
+  return fits(from.col, from.col.stride, true) && fits(from.col, from.col.aux_stride, true) &&
+         fits(to.col, to.col.stride, true) && fits(from.row, from.row.stride, false) &&
+         fits(from.row, from.row.aux_stride, false) && fits(to.row, to.row.stride, false) && aligned(from.data) &&
+         aligned(from.aux) && aligned(to.data);
+}
+
+// The images of avg_pool's backward, a piece at a time.
+struct Pieces {
+  int64_t images = 0, bytes = 0;  // of a piece, and of its pre-activation
+  bool channels_last = false;
+};
+
+Pieces pieces_of(const Conv1x1Problem& p) {
+  Pieces pieces;
+  const int64_t image = std::max<int64_t>(1, p.c_out * p.pixels());
+  pieces.images = std::min(p.batch, std::max({int64_t{1}, (int64_t{1} << 24) / image, (p.batch + 3) / 4}));
+  pieces.bytes = (pieces.images * image * dtype_size(p.dtype) + 255) / 256 * 256;
+  pieces.channels_last = p.x.stride[1] == 1;
+  return pieces;
+}
+
+template <class T>
+void* advanced(void* data, int64_t elements) {
+  return data ? static_cast<T*>(data) + elements : nullptr;
+}
+
+// One piece's problem: its images, with the pre-activation at `z`.
+template <class T>
+Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t first, void* z) {
+  Conv1x1Problem q = p;
+  q.batch = std::min(pieces.images, p.batch - first);
+  q.x.data = advanced<T>(p.x.data, first * p.x.stride[0]);
+  q.dx.data = advanced<T>(p.dx.data, first * p.dx.stride[0]);
+  const int64_t pixels = p.pixels(), channel = pieces.channels_last ? 1 : pixels;
+  const int64_t pixel = pieces.channels_last ? p.c_out : 1;
+  q.y.data = z;
+  const int64_t strides[5] = {p.c_out * pixels, channel, pixel * p.out_size[1] * p.out_size[2], pixel * p.out_size[2],
+                              pixel};
+  std::copy(strides, strides + 5, q.y.stride);
+  q.residual = ActivationView();
+  q.activation = Activation::kNone;
+  q.accumulate_dw = first > 0;
+  return q;
+}
+
+Conv1x1Problem one_image(const Conv1x1Problem& p) {
+  Conv1x1Problem q = p;
+  q.batch = 1;
+  return q;
+}
+
+GemmProblem pooled_problem(const Conv1x1Problem& p) {
+  static double flag = 0;  // lower_avg_pool only passes it on; nothing reads or writes it here
+  return lower_avg_pool(one_image(p), &flag);
+}
+
+}  // namespace
+
+cudaError_t run_masked_copy(const MaskedCopy& copy, DType dtype, cudaStream_t stream) {
+  CopyParams p;
+  p.dy = copy.from.data;
+  p.y = copy.from.aux;
+  p.dz = copy.to.data;
+  p.from_row = device_axis(copy.from.row);
+  p.from_col = device_axis(copy.from.col);
+  p.to_row = device_axis(copy.to.row);
+  p.to_col = device_axis(copy.to.col);
+  p.rows = copy.to.row.count;
+  p.cols = copy.to.col.count;
+  p.mask = copy.mask;
+  if (p.rows * p.cols == 0) return cudaSuccess;
+  return for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kVector = 16 / sizeof(T);
+    const bool vectors = copies_in_chunks<T>(copy, kVector);
+    const int64_t blocks = block_count(p.rows * (vectors ? p.cols / kVector : p.cols));
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (vectors)
+      CONV1X1_LAUNCH((masked_copy<T, kVector>), dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, p);
+    else
+      CONV1X1_LAUNCH((masked_copy<T, 1>), dim3(static_cast<uint32_t>(blocks)), dim3(kThreads), 0, stream, p);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t run_zero_fill(const Conv1x1Problem& p, cudaStream_t stream) {
+  const int64_t bytes = p.batch * p.c_in * p.in_size[0] * p.in_size[1] * p.in_size[2] * dtype_size(p.dtype);
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(p.dx.data, 0, static_cast<size_t>(bytes), stream);
+}
+
+int64_t avg_pool_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
+  const GemmProblem g = pooled_problem(p);
+  const Plan plan = make_plan(g, device, allow_tf32, p.batch, p.x.stride[0]);
+  return p.batch * pool_slots(g, plan) * p.c_out * (p.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& device, bool allow_tf32, void* workspace,
+                         cudaStream_t stream) {
+  const GemmProblem g = pooled_problem(p);
+  const Plan plan = make_plan(g, device, allow_tf32, p.batch, p.x.stride[0]);
+  return run_pooled_gemm(g, plan, {out, p.batch, p.x.stride[0], p.pixels()}, workspace, stream);
+}
+
+int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
+  const Pieces pieces = pieces_of(p);
+  int64_t gemm = 0;
+  // The last piece may be smaller, and a smaller problem may be split into more slices.
+  for (const int64_t first : {int64_t{0}, p.batch - std::max<int64_t>(1, p.batch % std::max<int64_t>(1, pieces.images))}) {
+    if (first < 0 || p.batch == 0) continue;
+    Conv1x1Problem q = piece_of<char>(p, pieces, 0, nullptr);
+    q.batch = std::min(pieces.images, p.batch - first);
+    const GemmProblem forward = lower_fprop(q);
+    gemm = std::max(gemm, make_plan(forward, device, allow_tf32).workspace);
+    q.dy = q.y;
+    if (p.dx.data) gemm = std::max(gemm, make_plan(lower_dgrad(q), device, allow_tf32).workspace);
+    if (p.dw.data || p.dbias.data) gemm = std::max(gemm, make_plan(lower_wgrad(q), device, allow_tf32).workspace);
+  }
+  return pieces.bytes + gemm;
+}
+
+cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
+                                  cudaStream_t stream) {
+  const Pieces pieces = pieces_of(p);
+  void* gemm_workspace = static_cast<char*>(workspace) + pieces.bytes;
+  const auto run = [&](const GemmProblem& g) {
+    return run_gemm(g, make_plan(g, device, allow_tf32), gemm_workspace, stream);
+  };
+  return for_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t pixels = p.pixels();
+    for (int64_t first = 0; first < std::max<int64_t>(1, p.batch); first += std::max<int64_t>(1, pieces.images)) {
+      Conv1x1Problem q = piece_of<T>(p, pieces, first, workspace);
+      cudaError_t error = run(lower_fprop(q));
+      const int64_t elements = q.batch * p.c_out * pixels;
+      if (error == cudaSuccess && elements > 0) {
+        if (block_count(elements) > INT32_MAX) return cudaErrorInvalidConfiguration;
+        CONV1X1_LAUNCH((pool_gradient<T>), dim3(static_cast<uint32_t>(block_count(elements))), dim3(kThreads), 0, stream,
+                       static_cast<T*>(workspace), static_cast<const T*>(p.dy.data) + first * p.dy.stride[0],
+                       p.dy.stride[0], p.dy.stride[1], q.batch, p.c_out, pixels, pieces.channels_last, p.activation);
+        error = cudaGetLastError();
+      }
+      q.dy = q.y;
+      q.bias = VectorView();
+      if (error == cudaSuccess && p.dx.data) error = run(lower_dgrad(q));
+      if (error == cudaSuccess && (p.dw.data || p.dbias.data)) error = run(lower_wgrad(q));
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  });
+}
+
+}  // namespace conv1x1::cuda
