@@ -52,6 +52,7 @@ __global__ void copies(const float* in, float* out, int valid) {
       const int at = (s * 128 + 127 - static_cast<int>(threadIdx.x)) * 4 + i;
       out[at] = 2 * shared[at];
     }
+  __syncthreads();
   // A copy that is merely never read is a fault of its own.
   if (kFault != kNotFinished) ptx::cp_async_wait<0>();
 }
