@@ -189,7 +189,7 @@ def test_mma_adds_in_the_order_of_k(kernels):
 
 def test_misaligned_ldmatrix_is_reported(kernels):
     a, b, d = torch.zeros(16, 16).half(), torch.zeros(16, 8).half(), torch.zeros(16, 8)
-    with pytest.raises(RuntimeError, match="ldmatrix_x4 at .*kernels.cu.* is not a multiple of 16"):
+    with pytest.raises(RuntimeError, match=r"ldmatrix_x4 at .*kernels.cu.* is not a multiple of 16"):
         kernels.run_mma_half(a, b, d, 0, 8)
 
 
@@ -280,11 +280,11 @@ def test_launch_limits(kernels):
     kernels.run_with_shared(out, 48 << 10, 32)
     with pytest.raises(RuntimeError, match="49153 bytes of dynamic shared memory, allowed are 49152"):
         kernels.run_with_shared(out, (48 << 10) + 1, 32)
-    with pytest.raises(RuntimeError, match="cudaFuncSetAttribute: 102401 bytes .* the device has 102400"):
+    with pytest.raises(RuntimeError, match=r"cudaFuncSetAttribute: 102401 bytes .* the device has 102400"):
         kernels.opt_in(SHARED_LIMIT + 1)
     assert kernels.opt_in(SHARED_LIMIT) == 0
     kernels.run_with_shared(out, SHARED_LIMIT, 32)
-    with pytest.raises(RuntimeError, match="invalid grid .* or block"):
+    with pytest.raises(RuntimeError, match=r"invalid grid .* or block"):
         kernels.run_with_shared(out, 1 << 13, 1025)
 
 

@@ -83,6 +83,8 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def build_kernels(sanitize: bool = False) -> Path:
-    """The library's CUDA kernels, their launchers and entry.cpp, for the CPU."""
-    sources = [HERE / "entry.cpp", CSRC / "lower.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    """The library's CUDA kernels, their plans and launchers, and entry.cpp, for the CPU."""
+    cuda = CSRC / "cuda"
+    torch_free = [f for f in cuda.glob("*.cpp") if f.name != "conv1x1_cuda.cpp"]
+    sources = [HERE / "entry.cpp", CSRC / "lower.cpp", *sorted([*cuda.glob("*.cu"), *torch_free])]
     return build("conv1x1_cuda", sources, sanitize=sanitize)

@@ -1,5 +1,5 @@
 // The door from Python to the emulated kernels: one call does what the binding does between the checks of arguments and
-// the return, for a problem that comes as a flat array of int64 (tests/cuda_on_cpu/kernels.py writes it in this order).
+// the return, for a problem that comes as a flat array of int64 (harness.py writes it in this order).
 // The workspace is exactly as large as the plan says, poisoned, and guarded on both sides.
 #include <algorithm>
 #include <cstdlib>
