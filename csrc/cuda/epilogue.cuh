@@ -1,22 +1,21 @@
 // What happens to a tile of accumulators: bias + residual + activation + rounding + store; or, unfinished, partial sums
 // for split-K; or sums over the pixels for average pooling. Shared by every GEMM kernel.
 //
-// The kernel lays kEpilogueRows rows of accumulators at a time into shared memory, row-major with kPad elements between
-// rows, so that stores to global memory are whole lines whatever the registers' layout is.
+// The kernel lays kRows rows of accumulators at a time into shared memory, row-major with kPad elements between rows, so
+// that stores to global memory are whole lines whatever the registers' layout is.
 #pragma once
 
 #include "device.cuh"
 
 namespace conv1x1::cuda {
 
-constexpr int kEpilogueRows = 64;
 constexpr int kPad = 8;  // two rows that mma's lanes write at once meet no bank twice
 
 template <int kBlockN>
 constexpr int kEpilogueStride = kBlockN + kPad;
 
-template <class Acc, int kBlockN>
-constexpr int kEpilogueBytes = kEpilogueRows* kEpilogueStride<kBlockN>* static_cast<int>(sizeof(Acc));
+template <class Acc, int kRows, int kBlockN>
+constexpr int kEpilogueBytes = kRows* kEpilogueStride<kBlockN>* static_cast<int>(sizeof(Acc));
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -99,24 +98,24 @@ __device__ __forceinline__ void finish(const Acc* sums, const GemmParams& p, uin
   *reinterpret_cast<Chunk<T, kChunk>*>(to) = out;
 }
 
-template <int kChunk, class T, int kBlockN, int kThreads, class Acc>
+template <int kChunk, class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p, uint32_t group, uint32_t m0,
                                            uint32_t n0) {
   constexpr int kChunks = kBlockN / kChunk;
 #pragma unroll 1
-  for (int c = threadIdx.x; c < kEpilogueRows * kChunks; c += kThreads) {
+  for (int c = threadIdx.x; c < kRows * kChunks; c += kThreads) {
     const uint32_t row = c / kChunks, col = (c % kChunks) * kChunk, m = m0 + row, n = n0 + col;
     if (m < p.m && n < p.n) finish<kChunk, T>(tile + row * kEpilogueStride<kBlockN> + col, p, group, m, n);
   }
 }
 
 // Sums of activation(tile + bias) over the tile's pixels: of one image, as the grid has images of its own.
-template <class T, int kBlockN, int kThreads, class Acc>
+template <class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
                                           uint32_t n0, uint32_t slot) {
   const T* bias = static_cast<const T*>(p.bias);
   const uint32_t channels = p.pool_along_n ? p.m : p.n;
-  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kEpilogueRows}), cols = min(p.n - n0, uint32_t{kBlockN});
+  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kRows}), cols = min(p.n - n0, uint32_t{kBlockN});
   Acc* out = static_cast<Acc*>(p.pooled) +
              (static_cast<int64_t>(t.image) * p.pool_slots + slot) * p.groups * channels + t.group * channels;
   const uint32_t count = p.pool_along_n ? rows : cols, length = p.pool_along_n ? cols : rows;
@@ -133,16 +132,18 @@ __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, 
   }
 }
 
-// Rows m0 to m0 + kEpilogueRows of a tile, which lie in shared memory; every thread of the block calls. Not inlined: the
+// The kRows rows of pass `pass` of this block's tile, which lie in shared memory; every thread calls. Not inlined: the
 // accumulators are in shared memory by now, and so it is compiled once a type and width, not once a kernel.
-template <class T, int kBlockN, int kThreads, class Acc>
-__device__ __noinline__ void epilogue(const Acc* tile, const GemmParams& p, TileIndex t, uint32_t m0, uint32_t n0,
-                                      uint32_t pool_slot) {
+template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
+__device__ __noinline__ void epilogue(const Acc* tile, const GemmParams& p, int pass) {
+  const TileIndex t = tile_index(p);  // again, rather than in registers through the mainloop
+  const uint32_t m0 = t.tile_m * kBlockM + pass * kRows, n0 = t.tile_n * kBlockN;
   if (p.pooled) {
-    pool_rows<T, kBlockN, kThreads>(tile, p, t, m0, n0, pool_slot);
+    pool_rows<T, kRows, kBlockN, kThreads>(tile, p, t, m0, n0,
+                                    p.pool_along_n ? t.tile_n : t.tile_m * (kBlockM / kRows) + pass);
   } else if (p.partials) {
     const int64_t group = static_cast<int64_t>(t.slice) * p.groups + t.group;
-    for (int c = threadIdx.x; c < kEpilogueRows * kBlockN; c += kThreads) {
+    for (int c = threadIdx.x; c < kRows * kBlockN; c += kThreads) {
       const uint32_t row = c / kBlockN, col = c % kBlockN, m = m0 + row, n = n0 + col;
       if (m < p.m && n < p.n)
         static_cast<Acc*>(p.partials)[(group * p.m + m) * p.n + n] = tile[row * kEpilogueStride<kBlockN> + col];
@@ -150,9 +151,9 @@ __device__ __noinline__ void epilogue(const Acc* tile, const GemmParams& p, Tile
   } else if (!p.d.data) {
     return;  // dbias alone is wanted
   } else if (p.d.chunk == 16 / sizeof(T)) {
-    store_rows<16 / sizeof(T), T, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+    store_rows<16 / sizeof(T), T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
   } else {
-    store_rows<1, T, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+    store_rows<1, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
   }
 }
 

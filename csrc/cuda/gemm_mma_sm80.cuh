@@ -28,20 +28,35 @@ struct MmaConfig {
   static constexpr int kAuxBlock = kMasked == Masked::kA ? kBlockM : kMasked == Masked::kB ? kBlockN : 0;
   static constexpr int kStageBytes = (kBlockM + kBlockN + kAuxBlock) * kBlockKBytes;
   static constexpr int kMainloopBytes = kStages * kStageBytes;
-  static constexpr int kSharedBytes =
-      kMainloopBytes > kEpilogueBytes<float, kBlockN> ? kMainloopBytes : kEpilogueBytes<float, kBlockN>;
-  static_assert(kEpilogueRows % kWarpM == 0, "a warp's rows finish in one pass of the epilogue");
+  static constexpr int kTileBytes = kEpilogueBytes<float, kBlockM, kBlockN>;
+  static constexpr int kSharedBytes = kMainloopBytes > kTileBytes ? kMainloopBytes : kTileBytes;
+  // Blocks a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
+  static constexpr int kBlocks = 512 / kThreads < 200 * 1024 / kSharedBytes ? 512 / kThreads : 200 * 1024 / kSharedBytes;
 };
 
-// Two 16-bit elements, or a float32, of dy where the saved output lets it through.
+// The two elements of a 16-bit fragment register.
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t bits, float& low, float& high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    low = __uint_as_float(bits << 16);
+    high = __uint_as_float(bits & 0xffff0000u);
+  } else {
+    T pair[2];
+    memcpy(pair, &bits, 4);
+    low = widen(pair[0]);
+    high = widen(pair[1]);
+  }
+}
+
+// A fragment register of dy where the saved output lets it through.
 template <class T>
 __device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, Mask mask) {
   if constexpr (sizeof(T) == 4) {
     return passes(__uint_as_float(y), mask) ? dy : 0u;
   } else {
-    T pair[2];
-    memcpy(pair, &y, 4);
-    return (passes(widen(pair[0]), mask) ? dy & 0x0000ffffu : 0u) | (passes(widen(pair[1]), mask) ? dy & 0xffff0000u : 0u);
+    float low, high;
+    unpack<T>(y, low, high);
+    return dy & ((passes(low, mask) ? 0x0000ffffu : 0u) | (passes(high, mask) ? 0xffff0000u : 0u));
   }
 }
 
@@ -50,9 +65,9 @@ __device__ __forceinline__ float sum_of(uint32_t bits) {
   if constexpr (sizeof(T) == 4) {
     return __uint_as_float(bits);
   } else {
-    T pair[2];
-    memcpy(pair, &bits, 4);
-    return widen(pair[0]) + widen(pair[1]);
+    float low, high;
+    unpack<T>(bits, low, high);
+    return low + high;
   }
 }
 
@@ -112,7 +127,7 @@ __device__ __forceinline__ void round_to_tf32(uint32_t (&fragment)[kCount]) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     gemm_mma(const __grid_constant__ GemmParams p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // plans never choose it below
   using T = typename C::T;
@@ -128,8 +143,8 @@ __global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
   const int warp_m = warp / C::kWarpsN * C::kWarpM, warp_n = warp % C::kWarpsN * C::kWarpN;
   const bool sums_rows = C::kRowSums && p.row_sums && t.tile_n == 0 && warp_n == 0;
 
-  const TileLoader<T, C::kMajorA, C::kBlockM, C::kThreads, C::kMasked == Masked::kA> load_a(p.a, t, m0);
-  const TileLoader<T, C::kMajorB, C::kBlockN, C::kThreads, C::kMasked == Masked::kB> load_b(p.b, t, n0);
+  const TileLoader<T, C::kMajorA, C::kBlockM, C::kThreads, C::kMasked == Masked::kA> load_a(p, p.a, m0);
+  const TileLoader<T, C::kMajorB, C::kBlockN, C::kThreads, C::kMasked == Masked::kB> load_b(p, p.b, n0);
   const auto load_stage = [&](int step) {
     unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
     const uint32_t k = k_begin + step * C::kBlockK;
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
     const unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      uint32_t a[kFragmentsM][4], b[kPairsN][4];
+      uint32_t b[kPairsN][4];
 #pragma unroll
       for (int j = 0; j < kPairsN; ++j) {
         load_fragment_b<T, C::kMajorB, C::kBlockN>(b[j], stage + kOffsetB, warp_n + j * 16, s, lane);
@@ -167,24 +182,25 @@ __global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
       }
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
-        load_fragment_a<T, C::kMajorA, C::kBlockM>(a[i], stage, warp_m + i * 16, s, lane);
+        uint32_t a[4];
+        load_fragment_a<T, C::kMajorA, C::kBlockM>(a, stage, warp_m + i * 16, s, lane);
         if constexpr (C::kMasked == Masked::kA) {
           if (!C::kRowSums || p.mask != Mask::kNone) {
             uint32_t y[4];
             load_fragment_a<T, C::kMajorA, C::kBlockM>(y, stage + kOffsetAux, warp_m + i * 16, s, lane);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[i][e] = masked<T>(a[i][e], y[e], p.mask);
+            for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], p.mask);
           }
         }
         if (C::kRowSums && sums_rows) {
-          row_sums[i][0] += sum_of<T>(a[i][0]) + sum_of<T>(a[i][2]);
-          row_sums[i][1] += sum_of<T>(a[i][1]) + sum_of<T>(a[i][3]);
+          row_sums[i][0] += sum_of<T>(a[0]) + sum_of<T>(a[2]);
+          row_sums[i][1] += sum_of<T>(a[1]) + sum_of<T>(a[3]);
         }
-        if constexpr (std::is_same_v<T, float>) round_to_tf32(a[i]);
+        if constexpr (std::is_same_v<T, float>) round_to_tf32(a);
 #pragma unroll
         for (int j = 0; j < kPairsN; ++j) {
-          multiply_add<T>(sums[i][2 * j], a[i], b[j][0], b[j][1]);
-          multiply_add<T>(sums[i][2 * j + 1], a[i], b[j][2], b[j][3]);
+          multiply_add<T>(sums[i][2 * j], a, b[j][0], b[j][1]);
+          multiply_add<T>(sums[i][2 * j + 1], a, b[j][2], b[j][3]);
         }
       }
     }
@@ -206,25 +222,19 @@ __global__ void __launch_bounds__(C::kThreads, 512 / C::kThreads)
   }
 
   float* tile = reinterpret_cast<float*>(shared);
+  __syncthreads();  // the stages are read
 #pragma unroll
-  for (int pass = 0; pass < C::kBlockM / kEpilogueRows; ++pass) {
-    __syncthreads();  // the stages, or the pass before, are read
-    if (warp_m / kEpilogueRows == pass) {
+  for (int i = 0; i < kFragmentsM; ++i)
 #pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i)
+    for (int j = 0; j < 2 * kPairsN; ++j)
 #pragma unroll
-        for (int j = 0; j < 2 * kPairsN; ++j)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int row = warp_m % kEpilogueRows + i * 16 + h * 8 + lane / 4, col = warp_n + j * 8 + lane % 4 * 2;
-            *reinterpret_cast<float2*>(tile + row * kEpilogueStride<C::kBlockN> + col) =
-                make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
-          }
-    }
-    __syncthreads();
-    epilogue<T, C::kBlockN, C::kThreads>(tile, p, t, m0 + pass * kEpilogueRows, n0,
-                                         (p.pool_along_n ? t.tile_n : t.tile_m * (C::kBlockM / kEpilogueRows) + pass));
-  }
+      for (int h = 0; h < 2; ++h) {
+        const int row = warp_m + i * 16 + h * 8 + lane / 4, col = warp_n + j * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(tile + row * kEpilogueStride<C::kBlockN> + col) =
+            make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
+      }
+  __syncthreads();
+  epilogue<T, C::kBlockM, C::kBlockN, C::kBlockM, C::kThreads>(tile, p, 0);
 #endif
 }
 

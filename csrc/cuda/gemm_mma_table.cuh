@@ -12,7 +12,7 @@ template <class T, int kKind, int kTile>
 cudaError_t launch_one(const GemmParams& params, uint32_t blocks, cudaStream_t stream) {
   constexpr MmaKind kind = kMmaKinds[kKind];
   constexpr Tile tile = kMmaTiles[kTile];
-  if constexpr ((kind.tiles >> kTile & 1) == 0) {
+  if constexpr (!has_tile(kind, kTile, sizeof(T))) {
     return cudaErrorInvalidConfiguration;
   } else {
     using Config =

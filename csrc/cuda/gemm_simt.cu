@@ -17,7 +17,7 @@ cudaError_t launch_one(const GemmParams& params, uint32_t blocks, cudaStream_t s
 
 template <class T>
 cudaError_t launch_simt(const GemmParams& params, const Plan& plan, uint32_t blocks, cudaStream_t stream) {
-  if constexpr (sizeof(T) < 8) {
+  if constexpr (sizeof(T) == 4) {
     if (plan.block_m == 128) return launch_one<SimtConfig<T, 128, 8>>(params, blocks, stream);
   }
   return launch_one<SimtConfig<T, 64, 16>>(params, blocks, stream);

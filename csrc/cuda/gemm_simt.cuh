@@ -7,6 +7,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "heuristics.h"
 
 namespace conv1x1::cuda {
 
@@ -19,8 +20,10 @@ struct SimtConfig {
   static constexpr int kLoads = 4;                                            // elements of A, and of B, a thread loads
   static constexpr int kStride = kBlock + 4;  // the padding keeps transposing stores off each other's banks
   static constexpr int kMainloopBytes = 4 * kBlockK * kStride * static_cast<int>(sizeof(Acc));
-  static constexpr int kSharedBytes =
-      kMainloopBytes > kEpilogueBytes<Acc, kBlock> ? kMainloopBytes : kEpilogueBytes<Acc, kBlock>;
+  static constexpr int kRows = kSimtRows;
+  static constexpr int kBlocks = sizeof(Acc) == 8 ? 1 : 2;  // that a multiprocessor is to hold: bounds the registers
+  static constexpr int kTileBytes = kEpilogueBytes<Acc, kRows, kBlock>;
+  static constexpr int kSharedBytes = kMainloopBytes > kTileBytes ? kMainloopBytes : kTileBytes;
   static_assert(kBlock * kBlockK == kLoads * kThreads && (kPerThread == 4 || kPerThread == 8));
   // Rows of a thread: four neighbours, and four more kHalf further, so that a warp's reads are whole vectors.
   static constexpr int kHalf = 64;
@@ -82,7 +85,7 @@ struct SimtLoader {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 2) gemm_simt(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_simt(const __grid_constant__ GemmParams p) {
   using Acc = typename C::Acc;
   constexpr int kTile = C::kBlockK * C::kStride, kPerThread = C::kPerThread;
   CONV1X1_DYNAMIC_SHARED(shared);
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) gemm_simt(const __grid_constan
     }
 
 #pragma unroll
-  for (int pass = 0; pass < C::kBlock / kEpilogueRows; ++pass) {
+  for (int pass = 0; pass < C::kBlock / C::kRows; ++pass) {
     __syncthreads();  // the buffers, or the pass before, are read
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -156,9 +159,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) gemm_simt(const __grid_constan
       for (int j = 0; j < kPerThread; ++j)
         tiles[(row0 + i) * kEpilogueStride<C::kBlock> + j / 4 * C::kHalf + col0 + j % 4] = sums[pass * 4 + i][j];
     __syncthreads();
-    epilogue<typename C::T, C::kBlock, C::kThreads>(
-        tiles, p, t, m0 + pass * kEpilogueRows, n0,
-        (p.pool_along_n ? t.tile_n : t.tile_m * (C::kBlock / kEpilogueRows) + pass));
+    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, pass);
   }
 }
 

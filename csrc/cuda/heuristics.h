@@ -42,11 +42,16 @@ constexpr MmaKind kMmaKinds[] = {
     // dgrad NCHW
     {Major::kMN, Major::kMN, Masked::kB, false, k128x128 | k64x128 | k64x64},
     // wgrad NCHW
-    {Major::kK, Major::kK, Masked::kA, true, k128x128 | k64x64},
+    {Major::kK, Major::kK, Masked::kA, true, k128x64 | k64x64},
     // wgrad channels last
-    {Major::kMN, Major::kMN, Masked::kA, true, k128x128 | k64x64},
+    {Major::kMN, Major::kMN, Masked::kA, true, k128x128 | k128x64 | k64x64},
 };
 constexpr int kMmaKindCount = 7;
+
+// wgrad in TF32 has no registers left for the largest tile.
+constexpr bool has_tile(const MmaKind& kind, int tile, int element_bytes) {
+  return (kind.tiles >> tile & 1) != 0 && !(kind.row_sums && element_bytes == 4 && tile == 0);
+}
 
 // Three tiles a stage where there is a mask: fewer stages keep two blocks on a multiprocessor.
 constexpr int mma_stages(const MmaKind& kind) { return kind.masked == Masked::kNone ? 4 : 3; }
@@ -54,6 +59,7 @@ constexpr int mma_stages(const MmaKind& kind) { return kind.masked == Masked::kN
 constexpr Tile kSimtTiles[] = {{128, 128, 0, 1.0}, {64, 64, 0, 0.7}};
 constexpr int kSimtTileCount = 2;
 constexpr int kSimtBlockK[] = {8, 16};
+constexpr int kSimtRows = 64;  // of a tile that the epilogue takes at a time, to fit into any GPU's 48 KiB
 
 // Cycles that one multiprocessor takes for a tile's k steps, roughly: what counts is how tiles compare.
 struct CostModel {

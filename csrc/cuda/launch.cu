@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "gemm_run.h"
+#include "heuristics.h"
 #include "kernels.h"
 #include "reduce.cuh"
 
@@ -127,7 +128,8 @@ DeviceAxis device_axis(const Axis& axis) {
 }
 
 int64_t pool_slots(const GemmProblem& g, const Plan& plan) {
-  return g.pool_along_n ? plan.tiles_n : plan.tiles_m * (plan.block_m / kEpilogueRows);
+  const int64_t passes = plan.kernel == Kernel::kSimt ? plan.block_m / kSimtRows : 1;
+  return g.pool_along_n ? plan.tiles_n : plan.tiles_m * passes;
 }
 
 cudaError_t run_gemm(const GemmProblem& g, const Plan& plan, void* workspace, cudaStream_t stream) {

@@ -118,8 +118,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   Choice best;
   best.cycles = -1;
   for (int i = 0; i < (mma ? kMmaTileCount : kSimtTileCount); ++i) {
-    if (mma && !(kMmaKinds[plan.kind].tiles >> i & 1)) continue;
-    if (g.dtype == DType::kFloat64 && i == 0) continue;  // its accumulators do not fit into registers
+    if (mma && !has_tile(kMmaKinds[plan.kind], i, bytes)) continue;
+    if (!mma && g.dtype != DType::kFloat32 && i == 0) continue;  // float64's accumulators do not fit into registers
     const Tile& tile = mma ? kMmaTiles[i] : kSimtTiles[i];
     const int block_k = mma ? 64 / bytes : kSimtBlockK[i];
     Choice choice = best_split(cost, tile, g.m, g.n, g.k, g.groups * images, bytes, accumulator, block_k,

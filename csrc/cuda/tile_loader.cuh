@@ -48,21 +48,21 @@ struct TileLoader {
   // Offsets along m or n stay the same for all of k: computed once. In kMN tiles all of a thread's chunks share one.
   static constexpr int kOffsets = kAlongK ? kPerThread : 1;
 
+  const GemmParams& params;
   const Operand& operand;
-  const T* data;
-  const T* aux;
   const uint32_t mn0;
-  Offsets along_mn[kOffsets];
+  const T* at_mn[kOffsets];
+  const T* aux_at_mn;  // of the first chunk: the mask's tensor is hardly ever nested along m or n
 
-  __device__ __forceinline__ TileLoader(const Operand& o, const TileIndex& t, uint32_t first)
-      : operand(o),
-        data(static_cast<const T*>(o.data) + t.group * o.group_stride + t.image * o.image_stride),
-        aux(kWithAux && o.aux ? static_cast<const T*>(o.aux) + t.group * o.aux_group_stride : nullptr),
-        mn0(first) {
+  __device__ __forceinline__ TileLoader(const GemmParams& p, const Operand& o, uint32_t first)
+      : params(p), operand(o), mn0(first) {
+    const TileIndex t = tile_index(p);
 #pragma unroll
     for (int i = 0; i < kOffsets; ++i) {
       const uint32_t mn = mn0 + (kAlongK ? row(i) : chunk() * kVector);
-      along_mn[i] = mn < o.mn_count ? o.mn.at(mn) : Offsets{0, 0};
+      const Offsets along_mn = mn < o.mn_count ? o.mn.at(mn) : Offsets{0, 0};
+      at_mn[i] = data(t) + along_mn.data;
+      if (i == 0) aux_at_mn = masked() ? aux(t) + along_mn.aux : nullptr;
     }
   }
 
@@ -77,6 +77,13 @@ struct TileLoader {
   }
 
  private:
+  __device__ __forceinline__ bool masked() const { return kWithAux && operand.aux != nullptr; }
+  __device__ __forceinline__ const T* data(const TileIndex& t) const {
+    return static_cast<const T*>(operand.data) + t.group * operand.group_stride + t.image * operand.image_stride;
+  }
+  __device__ __forceinline__ const T* aux(const TileIndex& t) const {
+    return static_cast<const T*>(operand.aux) + t.group * operand.aux_group_stride;
+  }
   static __device__ __forceinline__ int row(int i) { return threadIdx.x / Layout::kChunksPerRow + i * kRowStep; }
   static __device__ __forceinline__ int chunk() { return threadIdx.x % Layout::kChunksPerRow; }
   // How many of `limit` elements from `index` on there are.
@@ -92,18 +99,22 @@ struct TileLoader {
     for (int i = 0; i < kPerThread; ++i) {
       const int at = Layout::offset(row(i), chunk());
       int valid;
-      Offsets from{0, 0};  // read only where something is left
       if constexpr (kAlongK) {
         valid = mn0 + row(i) < operand.mn_count ? left(k_end, k0 + chunk() * kVector, kVector) : 0;
-        from = Offsets{along_mn[i].data + along_k.data, along_mn[i].aux + along_k.aux};
       } else {
         valid = k0 + row(i) < k_end ? left(operand.mn_count, mn0 + chunk() * kVector, kVector) : 0;
-        if (valid > 0) along_k = operand.k.at(k0 + row(i));
-        from = Offsets{along_mn[0].data + along_k.data, along_mn[0].aux + along_k.aux};
+        along_k = valid > 0 ? operand.k.at(k0 + row(i)) : Offsets{0, 0};
       }
-      ptx::cp_async<16>(tile + at, valid ? data + from.data : data, valid * kSize);
-      if (kWithAux && aux) ptx::cp_async<16>(aux_tile + at, valid ? aux + from.aux : aux, valid * kSize);
+      // Where nothing is left, nothing is read.
+      ptx::cp_async<16>(tile + at, at_mn[i % kOffsets] + along_k.data, valid * kSize);
+      if (masked()) ptx::cp_async<16>(aux_tile + at, aux_at(i, valid) + along_k.aux, valid * kSize);
     }
+  }
+
+  __device__ __forceinline__ const T* aux_at(int i, int valid) const {
+    if (!kAlongK || i == 0 || valid == 0) return aux_at_mn;
+    if (operand.mn.nd == 1) return aux_at_mn + i * kRowStep * operand.mn.aux_stride[0];
+    return aux(tile_index(params)) + operand.mn.at(mn0 + row(i)).aux;
   }
 
   struct Piece {  // `count` neighbours of which `valid` exist, and where they lie
@@ -130,15 +141,16 @@ struct TileLoader {
   __device__ __forceinline__ void load_pieces(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
                                               uint32_t k_end) const {
     const int count = operand.chunk;
+    const TileIndex t = tile_index(params);  // again, rather than in registers through the mainloop
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunks * kVector / count; i += kThreads) {
       const Piece p = piece(i, count, k0, k_end);
       if (count * kSize == 8) {
-        ptx::cp_async<8>(tile + p.at, data + p.from.data, p.valid * kSize);
-        if (kWithAux && aux) ptx::cp_async<8>(aux_tile + p.at, aux + p.from.aux, p.valid * kSize);
+        ptx::cp_async<8>(tile + p.at, data(t) + p.from.data, p.valid * kSize);
+        if (masked()) ptx::cp_async<8>(aux_tile + p.at, aux(t) + p.from.aux, p.valid * kSize);
       } else {
-        ptx::cp_async<4>(tile + p.at, data + p.from.data, p.valid * kSize);
-        if (kWithAux && aux) ptx::cp_async<4>(aux_tile + p.at, aux + p.from.aux, p.valid * kSize);
+        ptx::cp_async<4>(tile + p.at, data(t) + p.from.data, p.valid * kSize);
+        if (masked()) ptx::cp_async<4>(aux_tile + p.at, aux(t) + p.from.aux, p.valid * kSize);
       }
     }
   }
@@ -147,6 +159,7 @@ struct TileLoader {
   __device__ __forceinline__ void load_elements(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
                                                 uint32_t k_end) const {
     constexpr int kTogether = 4;
+    const TileIndex t = tile_index(params);
 #pragma unroll 1
     for (int i = threadIdx.x; i < kChunks * kVector; i += kTogether * kThreads) {
       T value[kTogether], aux_value[kTogether];
@@ -155,13 +168,13 @@ struct TileLoader {
       for (int j = 0; j < kTogether; ++j) {
         const Piece p = piece(i + j * kThreads, 1, k0, k_end);
         at[j] = p.at;
-        value[j] = p.valid ? data[p.from.data] : narrow<T>(0.0f);
-        if (kWithAux && aux) aux_value[j] = p.valid ? aux[p.from.aux] : narrow<T>(0.0f);
+        value[j] = p.valid ? data(t)[p.from.data] : narrow<T>(0.0f);
+        if (masked()) aux_value[j] = p.valid ? aux(t)[p.from.aux] : narrow<T>(0.0f);
       }
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         *reinterpret_cast<T*>(tile + at[j]) = value[j];
-        if (kWithAux && aux) *reinterpret_cast<T*>(aux_tile + at[j]) = aux_value[j];
+        if (masked()) *reinterpret_cast<T*>(aux_tile + at[j]) = aux_value[j];
       }
     }
   }
