@@ -152,16 +152,16 @@ def _avg_pool_backward_fake(
     )
 
 
-def _decode(config: int, weight: Tensor) -> tuple[list[int], int, str]:
-    """Stride, groups and activation of the private operators' config (csrc/tensor_checks.h)."""
+def _decode(config: int, weight: Tensor) -> tuple[list[int], int, str, bool]:
+    """Stride, groups, activation and allow_tf32 of the private operators' config (csrc/tensor_checks.h)."""
     stride = [config >> (4 + 10 * d) & 1023 for d in range(max(5 - weight.dim(), 0), 3)]
-    return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 15])
+    return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 7]), bool(config & 8)
 
 
 # The private operators meet fake or meta tensors where no mode announces them: a module on the meta device.
 @torch.library.register_fake("conv1x1_ext::_fprop")
 def _fprop_fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
-    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *_decode(config, weight), False)
+    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *_decode(config, weight))
     return output
 
 
@@ -171,7 +171,7 @@ def _backward_fake(
 ) -> tuple[Tensor | None, ...]:
     need = [bool(wanted >> i & 1) for i in range(4)]
     grads: tuple[Tensor | None, ...] = _conv1x1_backward_fake(
-        grad_output, input, weight, output, *_decode(config, weight), False, *need
+        grad_output, input, weight, output, *_decode(config, weight), *need
     )
     return grads
 

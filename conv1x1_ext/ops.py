@@ -112,7 +112,7 @@ class _Conv1x1(torch.autograd.Function):
     ) -> Tensor:
         output: Tensor = _fprop(input, weight, bias, residual, config)
         ctx.config = config
-        ctx.save_for_backward(input, weight, output if config & 15 else None)
+        ctx.save_for_backward(input, weight, output if config & 7 else None)
         return output
 
     @staticmethod
@@ -123,7 +123,7 @@ class _Conv1x1(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
             spatial = weight.dim() - 2
             stride = [config >> (4 + 10 * d) & 1023 for d in range(3 - spatial, 3)]
-            name = activation_name(ACTIVATIONS[config & 15])
+            name = activation_name(ACTIVATIONS[config & 7])
             return *backward_formula(
                 grad, input, weight, output, stride, config >> 34, name, _allow_tf32(input),
                 (need_input, need_weight, need_bias, need_residual),
@@ -227,7 +227,7 @@ def _eager(
             output: Tensor = _Conv1x1.apply(input, weight, bias, residual, config)
             return output
         # The pre-activation is what the derivative needs, so it is what gets saved, by torch's own function.
-        return apply_activation(_Conv1x1.apply(input, weight, bias, residual, config & ~15), activation)
+        return apply_activation(_Conv1x1.apply(input, weight, bias, residual, config & ~7), activation)
     result: Tensor = _fprop(input, weight, bias, residual, config)
     return result
 
@@ -387,7 +387,7 @@ def explain(
     name = activation_name(activation)
     with torch.no_grad():
         cast = autocast(input, weight, bias, residual)
-        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, direction)
+        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, _allow_tf32(cast[0]), direction)
     out = Explanation(_library.key_values(text))
     needs_grad = _needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:
@@ -409,6 +409,5 @@ def build_info() -> dict[str, str]:
 
     info = {"version": __version__, "library": _library.path.name, "torch": torch.__version__}
     info.update(_library.key_values(_ops._build_info()))
-    info["cuda_archs"] = "none: this build has no CUDA kernels"
     info["threads"] = str(torch.get_num_threads())
     return info

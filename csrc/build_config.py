@@ -17,11 +17,14 @@ KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name 
 LIBRARY_SOURCES = [
     "ops.cpp",
     "checks.cpp",
+    "strides.cpp",
     "lower.cpp",
+    "binding.cpp",
     "cpu/conv1x1_cpu.cpp",
     "cpu/avg_pool.cpp",
     "cpu/plan.cpp",
     "cpu/driver.cpp",
+    "cuda/no_cuda.cpp",
     *KERNEL_SOURCES,
 ]
 TABLE_SOURCES = ["cpu/table_pybind.cpp", *KERNEL_SOURCES]
