@@ -66,7 +66,11 @@ if with_cuda:
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """torch's, which says what it builds."""
+    """torch's; says what it builds, and never takes a library that was built with other options for up to date."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # ninja, where there is one, still compiles only what has changed
 
     def build_extensions(self) -> None:
         for message in messages:

@@ -75,12 +75,13 @@ def _empty_cuda_output(batched: Tensor, weight: Tensor, strides: Sequence[int], 
     sizes = [(s - 1) // t + 1 for s, t in zip(batched.shape[2:], strides, strict=True)]
     empty = any(guard_or_false(s == 0) for s in batched.shape[:2])
     shape = [batched.shape[0], 0 if guard_or_false(batched.shape[1] == 0) else weight.shape[0], *sizes]
-    if weight.dim() == 3:  # torch's convolution sees (N, C, 1, L)
+    operands = [weight, batched]
+    if weight.dim() == 3:  # torch's convolution sees (N, C, 1, L), after making the input contiguous
         shape.insert(2, 1)
-        batched, weight = batched.contiguous().unsqueeze(2), weight.unsqueeze(2)
+        operands = [t.unsqueeze(2) for t in (operands if batched.is_contiguous() else operands[:1])]
     format = torch.contiguous_format
     if not empty and batched.dtype != torch.float64:
-        suggested = [torch._prims_common.suggest_memory_format(t) for t in (batched, weight)]
+        suggested = [torch._prims_common.suggest_memory_format(t) for t in operands]
         format = next((f for f in suggested if f != torch.contiguous_format), format)
     output = torch.empty(shape, dtype=batched.dtype, device=batched.device, memory_format=format)
     output = output.squeeze(2) if len(strides) == 1 else output
