@@ -54,6 +54,8 @@ def _empty_output(input: Tensor, weight: Tensor, stride: Sequence[int], groups: 
         channels = 0 if input.shape[-spatial - 1] == 0 else weight.shape[0]
         return input.new_empty([*input.shape[: -spatial - 1], channels, *sizes])
     batched = input if input.dim() == weight.dim() else input.unsqueeze(0)
+    if input.device.type == "cuda":
+        return _empty_cuda_output(batched, weight, strides, input.dim() == weight.dim())
     zeros, ones = [0] * spatial, [1] * spatial
     if input.dtype in (torch.float16, torch.bfloat16):
         # For half types torch's choice of strides depends on the CPU; ours is always its choice for float32.
@@ -61,6 +63,29 @@ def _empty_output(input: Tensor, weight: Tensor, stride: Sequence[int], groups: 
     output: Tensor = _aten.convolution.default(batched, weight, None, strides, zeros, ones, False, zeros, groups)
     output = output if input.dim() == weight.dim() else output.squeeze(0)
     return output if output.dtype == input.dtype else input.new_empty_strided(output.shape, output.stride())
+
+
+def _empty_cuda_output(batched: Tensor, weight: Tensor, strides: Sequence[int], keep_batch: bool) -> Tensor:
+    """csrc/strides.cpp's cuda_output_channels_last, which is cuDNN's rule.
+
+    Not by torch's own convolution: on fake tensors that asks the machine's GPU and cuDNN, where there are any.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    sizes = [(s - 1) // t + 1 for s, t in zip(batched.shape[2:], strides, strict=True)]
+    empty = any(guard_or_false(s == 0) for s in batched.shape[:2])
+    shape = [batched.shape[0], 0 if guard_or_false(batched.shape[1] == 0) else weight.shape[0], *sizes]
+    operands = [weight, batched]
+    if weight.dim() == 3:  # torch's convolution sees (N, C, 1, L), after making the input contiguous
+        shape.insert(2, 1)
+        operands = [t.unsqueeze(2) for t in (operands if batched.is_contiguous() else operands[:1])]
+    format = torch.contiguous_format
+    if not empty and batched.dtype != torch.float64:
+        suggested = [torch._prims_common.suggest_memory_format(t) for t in operands]
+        format = next((f for f in suggested if f != torch.contiguous_format), format)
+    output = torch.empty(shape, dtype=batched.dtype, device=batched.device, memory_format=format)
+    output = output.squeeze(2) if len(strides) == 1 else output
+    return output if keep_batch else output.squeeze(0)
 
 
 def _empty_input_grad(input: Tensor) -> Tensor:
@@ -152,16 +177,16 @@ def _avg_pool_backward_fake(
     )
 
 
-def _decode(config: int, weight: Tensor) -> tuple[list[int], int, str]:
-    """Stride, groups and activation of the private operators' config (csrc/tensor_checks.h)."""
+def _decode(config: int, weight: Tensor) -> tuple[list[int], int, str, bool]:
+    """Stride, groups, activation and allow_tf32 of the private operators' config (csrc/tensor_checks.h)."""
     stride = [config >> (4 + 10 * d) & 1023 for d in range(max(5 - weight.dim(), 0), 3)]
-    return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 15])
+    return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 7]), bool(config & 8)
 
 
 # The private operators meet fake or meta tensors where no mode announces them: a module on the meta device.
 @torch.library.register_fake("conv1x1_ext::_fprop")
 def _fprop_fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
-    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *_decode(config, weight), False)
+    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *_decode(config, weight))
     return output
 
 
@@ -171,7 +196,7 @@ def _backward_fake(
 ) -> tuple[Tensor | None, ...]:
     need = [bool(wanted >> i & 1) for i in range(4)]
     grads: tuple[Tensor | None, ...] = _conv1x1_backward_fake(
-        grad_output, input, weight, output, *_decode(config, weight), False, *need
+        grad_output, input, weight, output, *_decode(config, weight), *need
     )
     return grads
 

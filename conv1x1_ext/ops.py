@@ -39,6 +39,7 @@ _forward_functions: dict[str | None, Callable[[Tensor], Tensor]] = {
 }
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MAX_STRIDE, _MAX_GROUPS = 1 << 10, 1 << 28
+_TF32 = 1 << 3  # in the private operators' config
 
 
 def apply_activation(x: Tensor, activation: str | None) -> Tensor:
@@ -98,9 +99,20 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+@torch.compiler.assume_constant_result
+def _conv_uses_tf32() -> bool:
+    """torch's own question for its convolutions, Context::allowTF32CuDNN(Float32Op::CONV).
+
+    The getter sees the older setting (torch.backends.cudnn.allow_tf32) and the newer ones (fp32_precision of conv, of
+    cuDNN and of torch, inherited in that order), in any mixture; the older property raises once the newer are in use.
+    Dynamo cannot trace it and has no guard for it: a compiled or exported graph keeps the answer of its trace.
+    """
+    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
+
+
 def _allow_tf32(input: Tensor) -> bool:
     # Only float32 CUDA kernels ask; TF32 is used exactly when torch's own convolutions would use it.
-    return input.is_cuda and torch.backends.cudnn.allow_tf32
+    return input.is_cuda and input.dtype == torch.float32 and _conv_uses_tf32()
 
 
 class _Conv1x1(torch.autograd.Function):
@@ -112,7 +124,7 @@ class _Conv1x1(torch.autograd.Function):
     ) -> Tensor:
         output: Tensor = _fprop(input, weight, bias, residual, config)
         ctx.config = config
-        ctx.save_for_backward(input, weight, output if config & 15 else None)
+        ctx.save_for_backward(input, weight, output if config & 7 else None)
         return output
 
     @staticmethod
@@ -120,12 +132,14 @@ class _Conv1x1(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         need_input, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         config = ctx.config
+        if input.is_cuda:  # as torch's: what is set now, not what was set in the forward
+            config = config & ~_TF32 | _allow_tf32(input) * _TF32
         if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
             spatial = weight.dim() - 2
             stride = [config >> (4 + 10 * d) & 1023 for d in range(3 - spatial, 3)]
-            name = activation_name(ACTIVATIONS[config & 15])
+            name = activation_name(ACTIVATIONS[config & 7])
             return *backward_formula(
-                grad, input, weight, output, stride, config >> 34, name, _allow_tf32(input),
+                grad, input, weight, output, stride, config >> 34, name, bool(config & _TF32),
                 (need_input, need_weight, need_bias, need_residual),
             ), None  # fmt: skip
         masked_residual = need_residual and output is not None
@@ -217,6 +231,8 @@ def _eager(
     config = _config(activation, stride if type(stride) is int else _stride_tuple(stride), groups, weight.dim() - 2)
     if not config:  # a stride or a number of groups that does not fit, or an error to be raised
         return _public(input, weight, bias, stride, groups, activation, residual)
+    if input.is_cuda:
+        config |= _allow_tf32(input) * _TF32
     if torch.is_grad_enabled() and (
         input.requires_grad
         or weight.requires_grad
@@ -227,7 +243,7 @@ def _eager(
             output: Tensor = _Conv1x1.apply(input, weight, bias, residual, config)
             return output
         # The pre-activation is what the derivative needs, so it is what gets saved, by torch's own function.
-        return apply_activation(_Conv1x1.apply(input, weight, bias, residual, config & ~15), activation)
+        return apply_activation(_Conv1x1.apply(input, weight, bias, residual, config & ~7), activation)
     result: Tensor = _fprop(input, weight, bias, residual, config)
     return result
 
@@ -377,7 +393,8 @@ def explain(
     """Which kernel, instruction set, tiles, blocking and threads a call would use, and why. Runs nothing.
 
     Args:
-        input, weight, bias, stride, groups, activation, residual: as for :func:`conv1x1`.
+        input, weight, bias, stride, groups, activation, residual: as for :func:`conv1x1`. Real tensors: those on
+            a GPU get the plan for that GPU.
         direction: ``"fprop"``, ``"dgrad"``, ``"wgrad"`` or ``"avg_pool"``.
 
     Raises:
@@ -387,7 +404,8 @@ def explain(
     name = activation_name(activation)
     with torch.no_grad():
         cast = autocast(input, weight, bias, residual)
-        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, direction)
+        allow_tf32 = _allow_tf32(cast[0])  # type: ignore[arg-type]
+        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, allow_tf32, direction)
     out = Explanation(_library.key_values(text))
     needs_grad = _needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:
@@ -404,11 +422,23 @@ def explain(
 
 
 def build_info() -> dict[str, str]:
-    """Version, torch targeted and torch running, compiler, instruction set found, microkernels, CUDA architectures."""
+    """Version, torch targeted and torch running, compilers, instruction set found, microkernels, CUDA.
+
+    Returns:
+        ``cuda_archs`` and ``nvcc`` say what the library was built with, ``torch_cuda`` what the running torch has, and
+        ``cuda_devices`` which GPUs it sees, each with its architecture.
+    """
     from . import __version__
 
     info = {"version": __version__, "library": _library.path.name, "torch": torch.__version__}
     info.update(_library.key_values(_ops._build_info()))
-    info["cuda_archs"] = "none: this build has no CUDA kernels"
+    info["torch_cuda"] = torch.version.cuda or "none: this torch has no CUDA"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    info["cuda_devices"] = ", ".join(map(_device_text, gpus)) or "none"
     info["threads"] = str(torch.get_num_threads())
     return info
+
+
+def _device_text(gpu: int) -> str:
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"{torch.cuda.get_device_name(gpu)} ({major}.{minor})"

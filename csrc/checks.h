@@ -25,6 +25,7 @@ struct ConvArgs {
   int64_t stride_count = 1;  // 1 (for all spatial dimensions) or one each
   int64_t groups = 1;
   Activation activation = Activation::kNone;
+  bool allow_tf32 = false;  // may float32 CUDA kernels round their operands to TF32?
 
   int64_t spatial() const { return weight.ndim - 2; }
   bool batched() const { return input.ndim == weight.ndim; }

@@ -1,8 +1,9 @@
-// SCHEMA: every operator of the library, at a glance. Kernels register themselves in cpu/conv1x1_cpu.cpp.
+// SCHEMA: every operator of the library, at a glance. Kernels register themselves: cpu/conv1x1_cpu.cpp,
+// cuda/conv1x1_cuda.cpp.
 //
 // Public operators take plain arguments and carry autograd, fake and vmap rules (conv1x1_ext/ops.py). Private ones
-// (leading underscore) are the eager fast path: no autograd, and stride, groups and activation in one integer, since
-// every argument costs about 0.2 us a call. `allow_tf32` is read by float32 CUDA kernels only.
+// (leading underscore) are the eager fast path: no autograd, and stride, groups, activation and allow_tf32 in one
+// integer, since every argument costs about 0.2 us a call. `allow_tf32` is read by float32 CUDA kernels only.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -32,7 +33,7 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
 
   m.def(
       "_explain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int groups, str activation, "
-      "str direction) -> str");
+      "bool allow_tf32, str direction) -> str");
   m.def("_build_info() -> str");
 }
 

@@ -55,11 +55,12 @@ inline void set_activation(ConvArgs& args, const std::string& name) {
   to_activation(name, &args.activation);
 }
 
-// The private operators' one integer: activation in bits 0-3, strides of D, H and W in 10 bits each, groups above.
-// Written by conv1x1_ext/ops.py; args.weight must be set.
+// The private operators' one integer: activation in bits 0-2, TF32 allowed in bit 3, strides of D, H and W in 10 bits
+// each, groups above. Written by conv1x1_ext/ops.py; args.weight must be set.
 inline void decode_config(ConvArgs& args, int64_t config) {
-  if (config <= 0 || (config & 15) >= kActivationCount) raise_if("conv1x1: config: expected one made by conv1x1_ext");
-  args.activation = static_cast<Activation>(config & 15);
+  if (config <= 0 || (config & 7) >= kActivationCount) raise_if("conv1x1: config: expected one made by conv1x1_ext");
+  args.activation = static_cast<Activation>(config & 7);
+  args.allow_tf32 = (config & 8) != 0;
   const int64_t spatial = args.spatial();
   args.stride_count = spatial >= 1 && spatial <= 3 ? spatial : 1;
   for (int64_t d = 0; d < args.stride_count; ++d)

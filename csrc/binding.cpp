@@ -1,0 +1,217 @@
+#include "binding.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "strides.h"
+
+namespace conv1x1 {
+namespace {
+
+// (C, ...) or (N, C, ...) strides as N C D H W.
+void view_strides(const TensorInfo& t, bool batched, int64_t* out) {
+  const int64_t channel = batched ? 1 : 0, spatial = t.ndim - 1 - channel;
+  out[0] = batched ? t.stride[0] : 0;
+  out[1] = t.stride[channel];
+  for (int64_t d = 0; d < 3; ++d) out[2 + d] = d < 3 - spatial ? 0 : t.stride[channel + 1 + d - (3 - spatial)];
+}
+
+ActivationView activation_view(const Tensor& tensor, const TensorInfo& t, bool batched) {
+  ActivationView view;
+  view.data = const_cast<void*>(tensor.const_data_ptr());
+  view_strides(t, batched, view.stride);
+  return view;
+}
+
+Conv1x1Problem problem_of(const ConvArgs& args, const Tensor& input, const Tensor& weight) {
+  Conv1x1Problem p;
+  const TensorInfo &x = args.input, &w = args.weight;
+  const bool batched = args.batched();
+  const int64_t spatial = args.spatial(), first = batched ? 2 : 1;
+  to_dtype(x.dtype, &p.dtype);
+  p.activation = args.activation;
+  p.batch = batched ? x.size[0] : 1;
+  p.c_in = w.size[1] * args.groups;
+  p.c_out = w.size[0];
+  p.groups = args.groups;
+  for (int64_t d = 0; d < spatial; ++d) {
+    const int64_t at = 3 - spatial + d;
+    p.in_size[at] = x.size[first + d];
+    p.stride[at] = args.stride_of(d);
+    p.out_size[at] = output_size(p.in_size[at], p.stride[at]);
+  }
+  p.x = activation_view(input, x, batched);
+  p.w = {const_cast<void*>(weight.const_data_ptr()), w.stride[0], w.stride[1]};
+  return p;
+}
+
+VectorView bias_view(const ConvArgs& args, const MaybeTensor& bias) {
+  if (!bias) return {};
+  return {const_cast<void*>(bias->const_data_ptr()), args.bias.size[0] == 1 ? 1 : args.bias.stride[0]};
+}
+
+Tensor allocate_output(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, ActivationView* view) {
+  int64_t size[kMaxDims], stride[kMaxDims];
+  const bool batched = args.batched();
+  const int64_t spatial = args.spatial(), ndim = spatial + (batched ? 2 : 1);
+  // As channels-last strides are those of the batched tensor, they are computed with a batch of 1 where there is none.
+  size[0] = p.batch;
+  size[1] = args.input.size[batched ? 1 : 0] == 0 ? 0 : p.c_out;
+  for (int64_t d = 0; d < spatial; ++d) size[2 + d] = p.out_size[3 - spatial + d];
+  dense_strides(size, spatial + 2, backend.output_channels_last(args), stride);
+  const int64_t skip = batched ? 0 : 1;
+  Tensor out = empty_strided(ndim, size + skip, stride + skip, args.input);
+  TensorInfo t;
+  t.ndim = ndim;
+  t.size = size + skip;
+  t.stride = stride + skip;
+  *view = activation_view(out, t, batched);
+  backend.prepare_output(view->data, p.batch * size[1] * p.pixels() * dtype_size(p.dtype));
+  return out;
+}
+
+Tensor allocate_weight_grad(const ConvArgs& args, WeightView* view) {
+  const TensorInfo& w = args.weight;
+  int64_t stride[kMaxDims];
+  weight_grad_strides(w, stride);
+  Tensor dw = empty_strided(w.ndim, w.size, stride, w);
+  *view = {dw.mutable_data_ptr(), stride[0], stride[1]};
+  return dw;
+}
+
+// A gradient of the input: channels last if the input is, contiguous otherwise.
+Tensor allocate_input_grad(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p,
+                           ActivationView* view) {
+  const TensorInfo& x = args.input;
+  int64_t stride[kMaxDims];
+  dense_strides(x.size, x.ndim, is_channels_last(x), stride);
+  Tensor dx = empty_strided(x.ndim, x.size, stride, x);
+  TensorInfo t = x;
+  t.stride = stride;
+  *view = activation_view(dx, t, args.batched());
+  int64_t elements = 1;
+  for (int64_t d = 0; d < x.ndim; ++d) elements *= x.size[d];
+  backend.prepare_output(view->data, elements * dtype_size(p.dtype));
+  return dx;
+}
+
+Tensor allocate_bias_grad(const ConvArgs& args, const Conv1x1Problem& p, VectorView* view) {
+  const int64_t one = 1;
+  Tensor dbias = empty_strided(1, &p.c_out, &one, args.input);
+  *view = {dbias.mutable_data_ptr(), 1};
+  return dbias;
+}
+
+}  // namespace
+
+Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, const TensorInfo& like) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, size, stride, like.dtype, like.device_type, like.device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
+             const MaybeTensor& bias, const MaybeTensor& residual) {
+  Conv1x1Problem p = problem_of(args, input, weight);
+  Tensor out = allocate_output(backend, args, p, &p.y);
+  if (p.c_in == 0) return out;  // no output channels either
+  p.bias = bias_view(args, bias);
+  if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
+  backend.gemm(lower_fprop(p));
+  return out;
+}
+
+ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
+                   const Tensor& input, const Tensor& weight, const MaybeTensor& output, const TensorInfo& y,
+                   const Wanted& wanted) {
+  const bool batched = args.batched();
+  Conv1x1Problem p = problem_of(args, input, weight);
+  p.dy = activation_view(grad_output, dy, batched);
+  if (output && args.activation != Activation::kNone) p.y = activation_view(*output, y, batched);
+  ConvGrads grads;
+  if (wanted.residual) {
+    // The residual's gradient is the masked dy itself: made once, it then serves the other gradients.
+    Tensor dz = allocate_output(backend, args, p, &p.dx);
+    backend.mask_grad(p, p.dx);
+    p.dy = p.dx;
+    p.y = ActivationView();
+    p.activation = Activation::kNone;
+    std::get<3>(grads) = dz;
+  }
+  const bool empty = p.c_in == 0;  // grad_output has no elements then
+  if (wanted.input) {
+    Tensor dx = allocate_input_grad(backend, args, p, &p.dx);
+    if (p.strided()) backend.zero_fill(p);
+    if (!empty) backend.gemm(lower_dgrad(p));
+    std::get<0>(grads) = dx;
+  }
+  if (wanted.weight) std::get<1>(grads) = allocate_weight_grad(args, &p.dw);
+  if (wanted.bias) {
+    Tensor dbias = allocate_bias_grad(args, p, &p.dbias);
+    if (empty) torch::stable::zero_(dbias);
+    std::get<2>(grads) = dbias;
+  }
+  if ((wanted.weight || wanted.bias) && !empty) backend.gemm(lower_wgrad(p));
+  return grads;
+}
+
+Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
+                const MaybeTensor& bias) {
+  Conv1x1Problem p = problem_of(args, input, weight);
+  p.bias = bias_view(args, bias);
+  const int64_t size[2] = {p.batch, args.input.size[args.batched() ? 1 : 0] == 0 ? 0 : p.c_out},
+                stride[2] = {size[1] > 1 ? size[1] : 1, 1};
+  const int64_t skip = args.batched() ? 0 : 1;
+  Tensor out = empty_strided(2 - skip, size + skip, stride + skip, args.input);
+  if (p.c_in != 0) backend.avg_pool(p, out.mutable_data_ptr());
+  return out;
+}
+
+AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
+                               const TensorInfo& dy, const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                               const Wanted& wanted) {
+  Conv1x1Problem p = problem_of(args, input, weight);
+  p.bias = bias_view(args, bias);
+  p.dy.data = const_cast<void*>(grad_output.const_data_ptr());
+  p.dy.stride[0] = args.batched() ? dy.stride[0] : 0;
+  p.dy.stride[1] = dy.stride[args.batched() ? 1 : 0];
+  AvgPoolGrads grads;
+  if (wanted.input) std::get<0>(grads) = allocate_input_grad(backend, args, p, &p.dx);
+  if (wanted.weight) std::get<1>(grads) = allocate_weight_grad(args, &p.dw);
+  if (wanted.bias) {
+    Tensor dbias = allocate_bias_grad(args, p, &p.dbias);
+    if (p.c_in == 0) torch::stable::zero_(dbias);
+    std::get<2>(grads) = dbias;
+  }
+  if (p.c_in != 0) backend.avg_pool_backward(p);
+  return grads;
+}
+
+std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
+                    const MaybeTensor& bias, const MaybeTensor& residual, const std::string& direction) {
+  Conv1x1Problem p = problem_of(args, input, weight);
+  if (p.c_in == 0) return "kernel=none: no input channels, no output channels";
+  p.bias = bias_view(args, bias);
+  if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
+  Tensor y = allocate_output(backend, args, p, &p.y);
+  if (direction == "fprop") return backend.explain(lower_fprop(p));
+  if (direction == "avg_pool") {
+    double unused = 0;
+    return backend.explain(lower_avg_pool(p, &unused));
+  }
+  if (direction != "dgrad" && direction != "wgrad")
+    raise_if("conv1x1: direction: expected 'fprop', 'dgrad', 'wgrad' or 'avg_pool', got '" + direction + "'");
+  if (!masks_from_output(p.activation)) p.activation = Activation::kNone;  // torch's own derivative comes first
+  p.dy = p.y;
+  if (direction == "dgrad") {
+    Tensor dx = allocate_input_grad(backend, args, p, &p.dx);
+    return backend.explain(lower_dgrad(p));
+  }
+  Tensor dw = allocate_weight_grad(args, &p.dw);
+  if (bias) p.dbias = p.bias;
+  return backend.explain(lower_wgrad(p));
+}
+
+}  // namespace conv1x1

@@ -1,0 +1,163 @@
+// BINDING of the CUDA kernels: what binding.h asks of a device, by launch.h. cudaError_t -> exception.
+//
+// A call runs on the input's device and torch's current stream of it, synchronises nothing and allocates by torch's
+// caching allocator alone, so that CUDA graphs can capture it.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "../binding.h"
+#include "../strides.h"
+#include "launch.h"
+
+// Only in torch's CUDA library: a strong reference would keep ours from loading with a torch that has none. Found as
+// long as ours is linked to libtorch (build_config.py).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace conv1x1 {
+namespace {
+
+constexpr int32_t kCudaDevice = 1, kUInt8 = 0;  // values of DeviceType and ScalarType
+
+void raise_if_failed(cudaError_t error, const std::string& doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that does not stick would otherwise be met again by the next call that looks
+  throw std::runtime_error("conv1x1: " + doing + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  raise_if_failed(cudaDeviceGetAttribute(&value, which, device), "asking CUDA device " + std::to_string(device));
+  return value;
+}
+
+std::vector<cuda::Device> all_devices() {
+  int count = 0;
+  raise_if_failed(cudaGetDeviceCount(&count), "counting CUDA devices");
+  std::vector<cuda::Device> devices;
+  for (int d = 0; d < count; ++d)
+    devices.push_back(
+        {10 * attribute(cudaDevAttrComputeCapabilityMajor, d) + attribute(cudaDevAttrComputeCapabilityMinor, d),
+         attribute(cudaDevAttrMultiProcessorCount, d), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, d)});
+  return devices;
+}
+
+// Facts of the machine, asked for once. The queries touch no context and are legal in a stream capture.
+const cuda::Device& device_at(int32_t index) {
+  static const std::vector<cuda::Device> devices = all_devices();
+  return devices.at(static_cast<size_t>(index));
+}
+
+bool verbose() {
+  static const bool value = [] {
+    const char* text = std::getenv("CONV1X1_VERBOSE");
+    return text && *text && std::strcmp(text, "0") != 0;
+  }();
+  return value;
+}
+
+// The check comes before anything is asked of a driver that may not be there.
+int32_t cuda_index(const ConvArgs& args) {
+  if (args.input.device_type != kCudaDevice)
+    raise_if("conv1x1: input: expected a CUDA tensor in a CUDA kernel, got a tensor of another device");
+  if (!aoti_torch_get_current_cuda_stream)
+    raise_if("conv1x1: input: expected CPU tensors, got CUDA tensors: this torch was built without CUDA");
+  return args.input.device_index;
+}
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const ConvArgs& args)
+      : index_(cuda_index(args)), guard_(index_), device_(device_at(index_)), allow_tf32_(args.allow_tf32) {
+    // torch's guard has switched devices by torch's copy of the CUDA runtime, and restores it. Ours is linked in, and
+    // launches on what it takes for the current device.
+    int current = -1;
+    raise_if_failed(cudaGetDevice(&current), "asking for the current device");
+    if (current != index_) raise_if_failed(cudaSetDevice(index_), "switching to the input's device");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  bool output_channels_last(const ConvArgs& args) const override { return cuda_output_channels_last(args); }
+
+  void gemm(const GemmProblem& g) const override {
+    const cuda::Plan plan = plan_of(g);
+    if (verbose()) std::fprintf(stderr, "conv1x1\n%s\n", cuda::describe(g, device_, plan).c_str());
+    const Workspace workspace(plan.workspace, index_);
+    raise("the GEMM", cuda::run_gemm(g, plan, workspace.data, stream_));
+  }
+
+  void mask_grad(const Conv1x1Problem& p, const ActivationView& dz) const override {
+    raise("the masked gradient", cuda::run_masked_copy(lower_mask(p, dz), p.dtype, stream_));
+  }
+
+  void zero_fill(const Conv1x1Problem& p) const override {
+    raise("the zeros of a strided input's gradient", cuda::run_zero_fill(p, stream_));
+  }
+
+  void avg_pool(const Conv1x1Problem& p, void* out) const override {
+    check(p);
+    const Workspace workspace(cuda::avg_pool_workspace(p, device_, allow_tf32_), index_);
+    raise("average pooling", cuda::run_avg_pool(p, out, device_, allow_tf32_, workspace.data, stream_));
+  }
+
+  void avg_pool_backward(const Conv1x1Problem& p) const override {
+    check(p);
+    const Workspace workspace(cuda::avg_pool_backward_workspace(p, device_, allow_tf32_), index_);
+    raise("the backward of average pooling",
+          cuda::run_avg_pool_backward(p, device_, allow_tf32_, workspace.data, stream_));
+  }
+
+  std::string explain(const GemmProblem& g) const override { return cuda::describe(g, device_, plan_of(g)); }
+
+ private:
+  // Given back at the end of the pass: what torch hands it to next runs later on the same stream.
+  struct Workspace {
+    Workspace(int64_t bytes, int32_t index) {
+      if (bytes == 0) return;
+      TensorInfo like;
+      like.dtype = kUInt8;
+      like.device_type = kCudaDevice;
+      like.device_index = index;
+      const int64_t one = 1;
+      tensor.emplace(empty_strided(1, &bytes, &one, like));
+      data = tensor->mutable_data_ptr();
+    }
+
+    MaybeTensor tensor;
+    void* data = nullptr;
+  };
+
+  void check(const Conv1x1Problem& p) const {
+    double unused = 0;
+    raise_if(cuda::check_problem(lower_avg_pool(p, &unused), device_));
+  }
+
+  cuda::Plan plan_of(const GemmProblem& g) const {
+    raise_if(cuda::check_problem(g, device_));
+    return cuda::make_plan(g, device_, allow_tf32_);
+  }
+
+  void raise(const char* what, cudaError_t error) const {
+    if (error != cudaSuccess)
+      raise_if_failed(error, std::string("launching ") + what + " on cuda:" + std::to_string(index_) + " (sm_" +
+                                 std::to_string(device_.arch) + ", built for " CONV1X1_CUDA_ARCHS ")");
+  }
+
+  const int32_t index_;
+  const torch::stable::accelerator::DeviceGuard guard_;
+  const cuda::Device device_;
+  const bool allow_tf32_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace
+
+std::string cuda_build_info() { return "cuda_archs=" CONV1X1_CUDA_ARCHS "\nnvcc=" CONV1X1_NVCC; }
+
+}  // namespace conv1x1
+
+STABLE_TORCH_LIBRARY_IMPL(conv1x1_ext, CUDA, m) { conv1x1::Operators<conv1x1::CudaBackend>::implement(m); }
