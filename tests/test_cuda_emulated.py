@@ -52,6 +52,14 @@ CASES = (
     Case(1, 16, 24, (4, 6, 5), (1, 2, 3)),
 )
 BACKWARD_LAYOUTS = (*LAYOUTS, ("expanded", "contiguous"), ("expanded", "channels_last"))
+# One multiprocessor has work enough for large tiles in problems that are small here.
+SMALL_GPU = Gpu(80, 1, 163 << 10)
+LARGE_TILES = (
+    Case(2, 136, 130, (13, 5)),
+    Case(2, 40, 130, (5, 4)),
+    Case(2, 130, 40, (5, 4)),
+    Case(2, 40, 33, (13, 12)),
+)
 LONG = Case(2, 12, 20, (37, 40))  # wgrad cuts its k, the pixels
 
 
@@ -272,6 +280,36 @@ def test_accumulated_weight_gradient(emulator, case, layouts, mode):
 @pytest.mark.parametrize("wanted", ["dw", "dbias"])
 def test_one_of_two_gradients(emulator, wanted, case, mode):
     backward(emulator, "wgrad", case, mode, want_dw=wanted == "dw", want_dbias=wanted == "dbias")
+
+
+# --- large tiles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("case", LARGE_TILES, ids=str)
+def test_large_tiles(emulator, case, activation, layouts, mode):
+    kwargs = {"activation": activation, "gpu": SMALL_GPU}
+    fprop(emulator, case, mode, layouts, residual=True, **kwargs)
+    backward(emulator, "dgrad", case, mode, layouts, **kwargs)
+    backward(emulator, "wgrad", case, mode, layouts, **kwargs)
+    if mode != TF32:
+        avg_pool(emulator, case, mode, layouts[0], "silu", gpu=SMALL_GPU)
+
+
+def test_the_cases_do_use_every_tile(emulator):
+    """Or the tests would prove nothing about the others."""
+    tiles = {"simt": set(), "mma": set()}
+    for case in LARGE_TILES:
+        for layouts in LAYOUTS[:2]:
+            for mode in (torch.float32, torch.float16):
+                plans = [fprop(emulator, case, mode, layouts, gpu=SMALL_GPU)[1]]
+                plans += [backward(emulator, d, case, mode, layouts, gpu=SMALL_GPU)[1] for d in ("dgrad", "wgrad")]
+                for plan in plans:
+                    tiles[plan["kernel"].split("_")[0]].add(plan["tile"].rsplit("x", 1)[0])
+    assert tiles["simt"] >= {"128x128", "64x64"}
+    assert tiles["mma"] >= {"128x128", "128x64", "64x128", "64x64"}
 
 
 # --- devices and determinism ----------------------------------------------------------------------------------------
