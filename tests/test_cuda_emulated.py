@@ -1,7 +1,7 @@
 """The CUDA kernels, run on the CPU from their own sources, against float64; no GPU is needed.
 
-This proves indices, masks, fragments, barriers and the arithmetic of the plans. It does not prove that nvcc compiles the
-sources, nor anything about speed or about how the hardware sums in mma.
+This proves indices, masks, fragments, barriers and the arithmetic of the plans. It does not prove that nvcc compiles
+the sources, nor anything about speed or about how the hardware sums in mma.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from cuda_on_cpu import build
-from cuda_on_cpu.harness import A10, A100, GPUS, H100, SANITIZED, T4, Emulator, intact, placed, randn_in
+from cuda_on_cpu.harness import A10, A100, GPUS, H100, SANITIZED, T4, Emulator, Gpu, intact, placed, randn_in
 from helpers import (
     ACTIVATIONS,
     HALVES,
@@ -32,10 +32,13 @@ LAYOUTS = (
     ("contiguous", "contiguous"), ("channels_last", "channels_last"), ("contiguous", "channels_last"),
     ("channels_last", "contiguous"), ("sliced", "padded"), ("padded", "sliced"),
 )  # fmt: skip
-SAMPLE = (Case(2, 20, 40, (5, 7)), Case(2, 18, 12, (5, 4), 2, 2))
+SAMPLE = (
+    Case(2, 20, 40, (5, 7)),
+    Case(2, 18, 12, (5, 4), 2, 2),
+    Case(2, 70, 130, (13, 5)),  # every tile and k has a tail; odd pixels
+)
 CASES = (
     *SAMPLE,
-    Case(2, 70, 130, (13, 5)),  # every tile and k has a tail; odd pixels
     Case(3, 72, 136, (7, 7)),  # tiles span images
     Case(1, 64, 128, (8, 16)),  # no tail
     Case(1, 1, 1, (1, 1)),
@@ -49,6 +52,14 @@ CASES = (
     Case(1, 16, 24, (4, 6, 5), (1, 2, 3)),
 )
 BACKWARD_LAYOUTS = (*LAYOUTS, ("expanded", "contiguous"), ("expanded", "channels_last"))
+# One multiprocessor has work enough for large tiles in problems that are small here.
+SMALL_GPU = Gpu(80, 1, 163 << 10)
+LARGE_TILES = (
+    Case(2, 136, 130, (13, 5)),
+    Case(2, 40, 130, (5, 4)),
+    Case(2, 130, 40, (5, 4)),
+    Case(2, 40, 33, (13, 12)),
+)
 LONG = Case(2, 12, 20, (37, 40))  # wgrad cuts its k, the pixels
 
 
@@ -169,7 +180,7 @@ def backward(
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:3], ids="-".join)
+@pytest.mark.parametrize("layouts", LAYOUTS[:5], ids="-".join)
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_sample(emulator, case, layouts, mode):
     fprop(emulator, case, mode, layouts, residual=True)
@@ -184,12 +195,10 @@ def test_sample(emulator, case, layouts, mode):
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
 def test_sample_under_address_and_undefined_behaviour_sanitizers():
     path = build.build_kernels(sanitize=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command.append(f"{__file__}::test_sample")
     environment = {**os.environ, **build.sanitizer_environment(), "CONV1X1_EMULATE_SANITIZED": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    result = subprocess.run(
-        [*command, "-k", "test_sample"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{path}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
 
 
@@ -273,6 +282,36 @@ def test_one_of_two_gradients(emulator, wanted, case, mode):
     backward(emulator, "wgrad", case, mode, want_dw=wanted == "dw", want_dbias=wanted == "dbias")
 
 
+# --- large tiles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("case", LARGE_TILES, ids=str)
+def test_large_tiles(emulator, case, activation, layouts, mode):
+    kwargs = {"activation": activation, "gpu": SMALL_GPU}
+    fprop(emulator, case, mode, layouts, residual=True, **kwargs)
+    backward(emulator, "dgrad", case, mode, layouts, **kwargs)
+    backward(emulator, "wgrad", case, mode, layouts, **kwargs)
+    if mode != TF32:
+        avg_pool(emulator, case, mode, layouts[0], "silu", gpu=SMALL_GPU)
+
+
+def test_the_cases_do_use_every_tile(emulator):
+    """Or the tests would prove nothing about the others."""
+    tiles = {"simt": set(), "mma": set()}
+    for case in LARGE_TILES:
+        for layouts in LAYOUTS[:2]:
+            for mode in (torch.float32, torch.float16):
+                plans = [fprop(emulator, case, mode, layouts, gpu=SMALL_GPU)[1]]
+                plans += [backward(emulator, d, case, mode, layouts, gpu=SMALL_GPU)[1] for d in ("dgrad", "wgrad")]
+                for plan in plans:
+                    tiles[plan["kernel"].split("_")[0]].add(plan["tile"].rsplit("x", 1)[0])
+    assert tiles["simt"] >= {"128x128", "64x64"}
+    assert tiles["mma"] >= {"128x128", "128x64", "64x128", "64x64"}
+
+
 # --- devices and determinism ----------------------------------------------------------------------------------------
 
 
@@ -286,11 +325,12 @@ def test_devices(emulator, gpu, layouts, mode):
     backward(emulator, "wgrad", case, mode, layouts, gpu=gpu)
 
 
-def test_an_architecture_without_code_is_refused(emulator):
+@pytest.mark.parametrize("arch", [30, 70])
+def test_an_architecture_without_code_is_refused(emulator, arch):
     x, w = randn_in((1, 8, 3, 3), torch.float32), randn_in((8, 8, 1, 1), torch.float32)
     y = placed((1, 8, 3, 3), torch.float32)
-    with pytest.raises(RuntimeError, match=r"30|3\.0"):
-        emulator.run("fprop", x=x, w=w, y=y, gpu=type(T4)(30, 8, 48 << 10))
+    with pytest.raises(RuntimeError, match=f"{arch // 10}\\.0"):
+        emulator.run("fprop", x=x, w=w, y=y, gpu=Gpu(arch, 8, 48 << 10))
     assert intact(y) and y.isnan().all()
 
 
