@@ -38,7 +38,14 @@ LIBRARY_SOURCES = [
 ]
 TABLE_SOURCES = ["cpu/table_pybind.cpp", *KERNEL_SOURCES]
 NO_CUDA_SOURCES = ["cuda/no_cuda.cpp"]
-CUDA_SOURCES = ["cuda/conv1x1_cuda.cpp", "cuda/launch.cu", "cuda/passes.cu"]
+CUDA_SOURCES = [
+    "cuda/conv1x1_cuda.cpp",
+    "cuda/plan.cpp",
+    "cuda/launch.cu",
+    "cuda/passes.cu",
+    "cuda/gemm_simt.cu",
+    *(f"cuda/gemm_mma_{dtype}.cu" for dtype in ("tf32", "float16", "bfloat16")),
+]
 
 # The stable ABI of torch 2.10: one library for 2.10 and later, and no Python symbol, so for any Python.
 TORCH_TARGET = "0x020a000000000000"
