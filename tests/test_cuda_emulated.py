@@ -55,11 +55,9 @@ BACKWARD_LAYOUTS = (*LAYOUTS, ("expanded", "contiguous"), ("expanded", "channels
 # One multiprocessor has work enough for large tiles in problems that are small here.
 SMALL_GPU = Gpu(80, 1, 163 << 10)
 LARGE_TILES = (
-    Case(2, 136, 130, (13, 5)),
-    Case(2, 40, 130, (5, 4)),
-    Case(2, 130, 40, (5, 4)),
+    Case(2, 136, 130, (13, 5)), Case(2, 120, 127, (9, 7)), Case(2, 40, 130, (5, 4)), Case(2, 130, 40, (5, 4)),
     Case(2, 40, 33, (13, 12)),
-)
+)  # fmt: skip
 LONG = Case(2, 12, 20, (37, 40))  # wgrad cuts its k, the pixels
 
 
