@@ -1,4 +1,4 @@
-"""The CUDA benchmark's own logic, on the CPU with a clock in place of events: checks, budget, floors, report, options."""
+"""The CUDA benchmark's own logic, on the CPU with a clock instead of events: checks, budget, report, options."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from bench.harness import Layer
 
 
 class Clock:
-    """A cuda_harness.Timer that captures by keeping the calls; ``broken`` names a candidate by its place."""
+    """A cuda_harness.Timer that captures by keeping the calls."""
 
     def eager(self, calls):
         begin = time.perf_counter()
@@ -37,6 +37,7 @@ def settings():
 @pytest.fixture
 def run(monkeypatch, settings):
     layers = {Layer(1, 16, 8, 6, 5): ["a"], Layer(2, 8, 16, 7, 7, 2): ["b"]}
+    monkeypatch.setattr(cuda_harness, "MAX_COPIES", 3)
     monkeypatch.setattr(op_cuda, "load_shapes", lambda nets, batches: layers)
 
     def measure(*options, peers=None):
@@ -63,15 +64,14 @@ def test_a_run_has_every_layer_dtype_and_direction(run):
         assert ("addmm_relu NHWC" in result["skipped"]) == (result["train"] or result["layer"]["stride"] == 2)
         assert all(p["median_us"] > 0 and p["graph_us"] > 0 for p in result["peers"].values())
     text = cuda_report.text(data)
-    assert text.count("1x 16->8 6x5  float32") == 4 and "no gradient" in text and "left out" not in text
+    rows = [line for line in text.splitlines() if line.startswith("1x 16->8 6x5") and " float32 " in line]
+    assert len(rows) == 4 and "no gradient" in text and "left out" not in text
 
 
 def test_a_spent_budget_names_what_it_left_out(run):
     data = run("--dtype", "float32", "--forward", "--budget", "0.000001")
-    assert data["results"] == [] and data["left_out"] == [
-        "1x 16->8 6x5 float32 forward",
-        "2x 8->16 7x7 /2 float32 forward",
-    ]
+    assert data["results"] == []
+    assert data["left_out"] == ["1x 16->8 6x5 float32 forward", "2x 8->16 7x7 /2 float32 forward"]
     assert "left out (2)" in cuda_report.text(data)
 
 
@@ -82,10 +82,10 @@ def test_a_wrong_peer_is_not_timed_and_a_wrong_ours_ends_the_run(run):
     with pytest.raises(AssertionError, match="ours NCHW"):
         run(*args, peers=[cuda_peers.Peer("ours", "NCHW", wrong.build), *good[2:]])
     linear = cuda_peers.Peer("linear", "NCHW", wrong.build)
-    results = run(*args, peers=[*good, linear])["results"]
-    assert all("linear NCHW" not in r["peers"] for r in results) and results[0]["skipped"]["linear NCHW"].startswith(
-        "wrong"
-    )
+    same_shape, other_shape = run(*args, peers=[*good, linear])["results"]  # it ignores the bias and the stride
+    assert "linear NCHW" not in {*same_shape["peers"], *other_shape["peers"]}
+    assert same_shape["skipped"]["linear NCHW"].startswith("wrong: relative errors")
+    assert other_shape["skipped"]["linear NCHW"].startswith("AssertionError: shapes")
 
 
 def test_a_candidate_that_cannot_be_captured_is_still_timed():
@@ -129,9 +129,7 @@ def test_losses_are_marked_and_named():
     }  # fmt: skip
     text = cuda_report.text(data)
     assert "0.80!" in text and "2.00 " in text
-    assert (
-        "0.80x best peer (geometric mean of 1), worst 0.80x on the layer; slower on 1: the layer (0.80, linear)" in text
-    )
+    assert "0.80x best peer (geometric mean of 1), worst 0.80x on the layer; slower on 1: the layer (0.80, " in text
     row = next(line for line in text.splitlines() if line.startswith("the layer"))
     assert row.split()[-1] == "50"  # the floor, of the graph's 5 us
 
