@@ -8,23 +8,26 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 # Arguments of bench.op.
 ARGS ?= --quick
+# Arguments of tests/gpu_check.py.
+GPU_ARGS ?=
 # Test processes.
 WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path '*/__pycache__/*')
-CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # One environment: installations must not run side by side.
 .NOTPARALLEL:
-.PHONY: help demo test bench lint lint-ruff lint-format lint-cpp lint-types format clean
+.PHONY: help demo test gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
 
 help:
 	@echo 'make demo    the article, claim by claim; then training on real digits; curves in out/digits.png'
 	@echo 'make test    all tests, WORKERS=$(WORKERS) at a time'
+	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmark, with $(PYTHON) as it is'
 	@echo 'make bench   ours against torch and its peers, layer by layer; ARGS="$(ARGS)"'
 	@echo 'make lint    ruff, clang-format, mypy'
 	@echo 'make format  ruff and clang-format, in place'
@@ -37,6 +40,10 @@ demo: $(VENV)/.stamp-examples
 
 test: $(VENV)/.stamp-test
 	$(PY) -m pytest -n $(WORKERS) tests
+
+# With the torch (with CUDA) of $(PYTHON) itself: it installs nothing. GPU_ARGS=--help tells what else there is.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(GPU_ARGS)
 
 bench: $(VENV)/.stamp-bench
 	$(PY) -m bench.op $(ARGS)

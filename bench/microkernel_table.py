@@ -28,6 +28,7 @@ def build_config() -> Any:
     spec = importlib.util.spec_from_file_location("conv1x1_build_config", ROOT / "csrc" / "build_config.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their own module
     spec.loader.exec_module(module)
     return module
 

@@ -17,47 +17,65 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # python bench/op.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import ceiling, peers, report
+from bench import cuda_harness, cuda_peers, op_cuda, peers
 from bench.harness import DTYPES, NETS, Layer, OtherWork, describe_run, interleave, load_shapes
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 QUICK_SECONDS = 75.0  # for the rounds of --quick: a busy machine gets fewer rounds, at least 3
 BOUNDS = {"float32": 1e-5, "float64": 1e-13}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; --quick only changes the defaults."""
+    """The command line; --quick and --device only change the defaults and what is accepted."""
     parser = argparse.ArgumentParser(prog="bench.op", description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=NETS, metavar="NET", help=f"of {', '.join(NETS)}; default all")
-    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default 1 16")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="default 1 16; cuda 1 32 256")
+    known = list(dict.fromkeys([*DTYPES, *cuda_harness.DTYPES]))
+    parser.add_argument("--dtype", nargs="+", choices=known, help="default float32; cuda float32 tf32 bfloat16 float16")
     parser.add_argument("--layout", choices=[*peers.LAYOUTS, "both"], default="both")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--train", action="store_true", help="forward + backward, all three gradients")
-    parser.add_argument("--peers", nargs="+", choices=peers.NAMES, metavar="PEER", help=", ".join(peers.NAMES))
+    parser.add_argument("--train", action="store_true", help="forward + backward, all three gradients; cuda: only that")
+    parser.add_argument("--forward", action="store_true", help="cuda: only the forward; default both")
+    names = list(dict.fromkeys([*peers.NAMES, *cuda_peers.NAMES]))
+    parser.add_argument("--peers", nargs="+", choices=names, metavar="PEER", help=", ".join(names))
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile too; default but --quick"
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile too; default but --quick and cuda"
     )
     parser.add_argument("--quick", action="store_true", help="seed and resnet50, batch 1, few rounds, no torch.compile")
-    parser.add_argument("--rounds", type=int, help="default 15, with --quick 11")
+    parser.add_argument("--rounds", type=int, help="default 15, with --quick 11; cuda 9 and 5")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="cuda: stop then, and list what was left out")
     parser.add_argument("--by", choices=["median", "best"], default="median", help="of the rounds: what is compared")
     parser.add_argument("--json", metavar="OUT", type=Path)
     parser.add_argument("--plot", metavar="OUT.png", type=Path)
     parser.add_argument("--markdown", action="store_true", help="print the README's table in place of the terminal's")
     parser.add_argument("--from-json", metavar="FILE", type=Path, help="report a former run, time nothing")
     args = parser.parse_args(argv)
+    cuda = args.device == "cuda"
+    for option, value, allowed in (
+        ("dtype", args.dtype, cuda_harness.DTYPES if cuda else DTYPES),
+        ("peers", args.peers, cuda_peers.NAMES if cuda else peers.NAMES),
+    ):
+        wrong = [v for v in value or () if v not in allowed]
+        if wrong:
+            parser.error(f"--{option}: expected some of {', '.join(allowed)} on {args.device}, got {', '.join(wrong)}")
+    for option in ("plot", "markdown") if cuda else ("forward", "budget"):
+        if getattr(args, option):
+            parser.error(f"--{option}: not with --device {args.device}")
     args.shapes = args.shapes or (["seed", "resnet50"] if args.quick else list(NETS))
-    args.batch = args.batch or ([1] if args.quick else [1, 16])
-    args.rounds = args.rounds or (11 if args.quick else 15)
-    args.compile = args.compile if args.compile is not None else not args.quick
+    args.batch = args.batch or (([1, 32] if cuda else [1]) if args.quick else [1, 32, 256] if cuda else [1, 16])
+    args.dtype = args.dtype or (list(cuda_harness.DTYPES) if cuda else ["float32"])
+    args.rounds = args.rounds or ((5 if args.quick else 9) if cuda else 11 if args.quick else 15)
+    args.compile = args.compile if args.compile is not None else not (args.quick or cuda)
     return args
 
 
@@ -108,6 +126,8 @@ def prepare(
 
 def measure_layer(layer: Layer, nets: list[str], dtype: str, args: argparse.Namespace, budget: float) -> dict[str, Any]:
     """One layer's entry of the results."""
+    from bench import ceiling
+
     chosen = chosen_peers(args)
     case = peers.Case(layer, dtype, args.threads)
     isa = ceiling.best_isa(dtype, args.threads)
@@ -138,6 +158,17 @@ def measure_layer(layer: Layer, nets: list[str], dtype: str, args: argparse.Name
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole run, as it goes into the JSON file."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from bench import ceiling
+
     torch.set_num_threads(args.threads)
     keep = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "markdown", "from_json", "by")}
     data = describe_run(keep)
@@ -161,16 +192,31 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return data
 
 
+def _write(path: Path | None, data: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.device == "cuda":
+        if not (args.from_json or torch.cuda.is_available()):
+            raise SystemExit(f"--device cuda: this torch ({torch.__version__}) finds no GPU")
+        data = json.loads(args.from_json.read_text()) if args.from_json else op_cuda.measure(args)
+        _write(args.json, data)
+        op_cuda.report(data)
+        return
+    from rich.console import Console
+
+    from bench import report
+
     data = json.loads(args.from_json.read_text()) if args.from_json else measure(args, Console(stderr=True))
     if args.markdown:
         print(report.markdown(data, args.by))
     else:
         report.print_tables(data, Console(), args.by)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    _write(args.json, data)
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         report.plot(data, args.plot, args.by)

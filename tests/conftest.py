@@ -1,6 +1,8 @@
-"""Seeds, threads and the microkernel table for the whole suite.
+"""Seeds, threads, the device and the microkernel table for the whole suite.
 
 Inputs are random and fresh in every session; the header prints CONV1X1_TEST_SEED, which repeats a failure.
+CONV1X1_TEST_DEVICE=cuda makes every tensor and module on that device; what only a CPU has is skipped there, with the
+reason. hypothesis and expecttest may be missing: the tests that need them are skipped, and say so.
 """
 
 import os
@@ -9,7 +11,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the workers of pytest-xdist share the cores
@@ -19,17 +20,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-hypothesis.settings.register_profile("conv1x1", deadline=None, derandomize=False, print_blob=True)
-hypothesis.settings.load_profile("conv1x1")
+try:
+    import hypothesis
+except ImportError:
+    pass
+else:
+    hypothesis.settings.register_profile("conv1x1", deadline=None, derandomize=False, print_blob=True)
+    hypothesis.settings.load_profile("conv1x1")
+
+DEVICE = os.environ.setdefault("CONV1X1_TEST_DEVICE", "cpu")
 
 
 def pytest_configure(config):
     # Before xdist starts its workers, which inherit it.
     os.environ.setdefault("CONV1X1_TEST_SEED", str(random.SystemRandom().randrange(1 << 31)))
+    config.addinivalue_line("markers", "cpu_only(reason): skipped where CONV1X1_TEST_DEVICE is not the CPU")
+    if DEVICE == "cpu":
+        return
+    if torch.device(DEVICE).type == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(f"CONV1X1_TEST_DEVICE={DEVICE}: this torch ({torch.__version__}) finds no GPU")
+        torch.backends.cudnn.allow_tf32 = False  # IEEE float32 on both sides; tests/test_cuda.py turns it on
+    torch.set_default_device(DEVICE)
 
 
 def pytest_report_header(config):
-    return f"CONV1X1_TEST_SEED={os.environ['CONV1X1_TEST_SEED']}"
+    return f"CONV1X1_TEST_SEED={os.environ['CONV1X1_TEST_SEED']} CONV1X1_TEST_DEVICE={DEVICE}"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.device(DEVICE).type == "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"CPU only: {mark.kwargs['reason']}"))
 
 
 @pytest.fixture(autouse=True)

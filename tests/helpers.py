@@ -1,6 +1,8 @@
 """The oracle, the error bound and the tensor factories that every test file uses.
 
-The oracle is torch's own convolution: in the tensors' dtype ("stock") and in float64 ("reference").
+The oracle is torch's own convolution: in the tensors' dtype on their device ("stock"), and in float64 on the CPU
+("reference"), which shares no code with the device under test. DEVICE is CONV1X1_TEST_DEVICE; tensors are made there
+without naming it, as it is torch's default device (conftest.py).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "gelu")
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*FLOATS, *HALVES)
+DEVICE = torch.device(os.environ.get("CONV1X1_TEST_DEVICE", "cpu"))
+FORMATS = ("contiguous", "channels_last")  # the layouts that the kernels read in place
 LAYOUTS = (
     "contiguous", "channels_last", "permuted", "sliced", "offset", "expanded_batch", "expanded_channel",
     "expanded_pixels", "overlapping",
@@ -63,9 +68,45 @@ class Case:
     def channel(self) -> int:
         return 1 if self.batched else 0
 
+    @property
+    def swapped(self) -> Case:
+        """Input and output channels exchanged: for a gradient, what the case is for the forward."""
+        return replace(self, c_in=self.c_out, c_out=self.c_in)
+
     def __str__(self) -> str:
         size = "x".join(map(str, self.spatial))
         return f"{self.n if self.batched else '-'}_{self.c_in}to{self.c_out}_{size}_s{self.stride}_g{self.groups}"
+
+
+# Every dimensionality, stride, group count and tail, batched and not. The gradients run them with channels swapped.
+CASES = [
+    Case(1, 64, 64, (14, 14)),
+    Case(2, 3, 5, (9, 7)),
+    Case(2, 16, 33, (13, 11), 2),
+    Case(1, 33, 16, (12, 12), (2, 3)),
+    Case(1, 12, 18, (5, 9), (1, 4), 3),
+    Case(3, 24, 24, (6, 7), 2, 24),
+    Case(2, 24, 48, (6, 5), 1, 24),
+    Case(1, 512, 32, (12, 12), 1, 1, False),
+    Case(1, 40, 20, (7, 5), 2, 4, False),
+    Case(5, 130, 70, (7, 7)),
+    Case(4, 257, 65, (7, 7), 2),
+    Case(3, 64, 128, (1, 1)),
+    Case(7, 9, 10, (1, 1)),
+    Case(2, 19, 23, (31,)),
+    Case(2, 20, 24, (31,), 3, 4),
+    Case(1, 19, 23, (50,), 1, 1, False),
+    Case(2, 10, 15, (3, 5, 7)),
+    Case(2, 10, 15, (4, 5, 7), (2, 1, 3), 5),
+    Case(1, 10, 15, (4, 5, 7), 2, 1, False),
+    Case(1, 8, 8, (1, 300)),
+    Case(1, 8, 8, (300, 1), 5),
+    Case(2, 6, 4, (3, 3), 7),
+]
+GRADIENT_CASES = [case.swapped for case in CASES]
+# Few enough for the product with every layout of x, w or dy.
+LAYOUT_CASES = (Case(3, 20, 12, (6, 9), 1, 2), Case(2, 66, 70, (8, 8), 2))
+GRAD_OUTPUT_CASES = (Case(2, 24, 18, (7, 9)), Case(3, 65, 66, (6, 6), 2))
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -130,12 +171,13 @@ def stock_forward(x, w, b=None, stride=1, *, groups=1, activation=None, residual
     return activate(z if residual is None else z + residual, activation)
 
 
-def _double(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().double()
+def exact(t: Tensor | None) -> Tensor | None:
+    """In float64 on the CPU, where the reference runs."""
+    return None if t is None else t.detach().to("cpu", torch.float64)
 
 
-def _abs(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().double().abs()
+def magnitude_of(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to("cpu", torch.float64).abs()
 
 
 def chain_bound(k: int, dtype: torch.dtype) -> float:
@@ -155,7 +197,7 @@ def assert_close_to_reference(ours: Tensor, stock: Tensor, ref64: Tensor, magnit
     if ours.numel() == 0:
         return
     dtype, eps = ours.dtype, torch.finfo(ours.dtype).eps
-    ours64, stock64 = ours.detach().double(), stock.detach().double()
+    ours64, stock64 = ours.detach().cpu().double(), stock.detach().cpu().double()
     assert torch.isfinite(ours64).all()
     error = (ours64 - ref64).abs()
     # float64 against float64: the reference has such an error itself.
@@ -181,8 +223,9 @@ def check_forward(x, w, b=None, stride=1, *, groups=1, activation=None, residual
     if ours is None:
         ours = conv1x1_ext.conv1x1(x, w, b, stride, residual=residual, **kwargs)
     stock = stock_forward(x, w, b, stride, residual=residual, **kwargs)
-    ref = stock_forward(_double(x), _double(w), _double(b), stride, residual=_double(residual), **kwargs)
-    magnitude = stock_forward(_abs(x), _abs(w), _abs(b), stride, residual=_abs(residual), groups=groups)
+    ref = stock_forward(exact(x), exact(w), exact(b), stride, residual=exact(residual), **kwargs)
+    sizes = [magnitude_of(t) for t in (x, w, b)]
+    magnitude = stock_forward(*sizes, stride, residual=magnitude_of(residual), groups=groups)
     assert_close_to_reference(ours, stock, ref, magnitude, w.shape[1])
     return ours
 
@@ -218,13 +261,13 @@ def check_gradients(
     with torch.no_grad():
         z = conv1x1_ext.conv1x1(x, w, b, stride, groups=groups, residual=residual)
     stock = _oracle_gradients(tensors, dy, stride, groups, activation, z)
-    ref = _oracle_gradients([_double(t) for t in tensors], _double(dy), stride, groups, activation, z.double())
-    size = _oracle_gradients([_abs(t) for t in tensors], _abs(dy), stride, groups, None, z.double())
+    ref = _oracle_gradients([exact(t) for t in tensors], exact(dy), stride, groups, activation, exact(z))
+    size = _oracle_gradients([magnitude_of(t) for t in tensors], magnitude_of(dy), stride, groups, None, exact(z))
     pixels = math.prod(y.shape) // max(w.shape[0], 1)
     lengths = (w.shape[0] // groups, pixels, pixels, 1)
-    for mine, theirs, exact, magnitude, k in zip(ours, stock, ref, size, lengths, strict=True):
+    for mine, theirs, truth, magnitude, k in zip(ours, stock, ref, size, lengths, strict=True):
         if mine is not None:
-            assert_close_to_reference(mine, theirs, exact, magnitude, k)
+            assert_close_to_reference(mine, theirs, truth, magnitude, k)
     return ours
 
 

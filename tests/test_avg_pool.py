@@ -4,15 +4,17 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DTYPES,
     FLOATS,
+    FORMATS,
     HALVES,
     LAYOUTS,
     Case,
-    _abs,
-    _double,
     assert_close_to_reference,
+    exact,
     expect_ok,
     laid_out,
+    magnitude_of,
     randn,
     run_python,
     stock_forward,
@@ -21,7 +23,6 @@ from helpers import (
 
 from conv1x1_ext import conv1x1_avg_pool
 
-DTYPES = (*FLOATS, *HALVES)
 SMOOTH = (None, "silu", "gelu")
 CASES = [
     Case(2, 24, 18, (7, 9)),
@@ -43,8 +44,8 @@ def stock(x, w, b=None, *, groups=1, activation="relu"):
 
 def compare(x, w, b, groups, activation):
     ours = conv1x1_avg_pool(x, w, b, groups=groups, activation=activation)
-    ref = stock(_double(x), _double(w), _double(b), groups=groups, activation=activation)
-    size = stock(_abs(x), _abs(w), _abs(b), groups=groups, activation=None)
+    ref = stock(exact(x), exact(w), exact(b), groups=groups, activation=activation)
+    size = stock(magnitude_of(x), magnitude_of(w), magnitude_of(b), groups=groups, activation=None)
     pixels = x[(0,) * (x.dim() - w.dim() + 2)].numel()
     theirs = stock(x, w, b, groups=groups, activation=activation)
     assert_close_to_reference(ours, theirs, ref, size, w.shape[1] + pixels)
@@ -53,7 +54,7 @@ def compare(x, w, b, groups, activation):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case, layout, activation, dtype):
     x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype)
@@ -89,7 +90,7 @@ def close(tensors, dy, **kwargs):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case, layout, activation, dtype):
     x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype)
@@ -107,7 +108,7 @@ def test_gradients(case, layout, activation, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("activation", SMOOTH)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_gradients_of_half_types(layout, activation, dtype):
     """Against float64, as stock rounds its intermediate tensors to the half type."""
     x, w = laid_out((2, 24, 9, 7), dtype, layout), weight_of((18, 24, 1, 1), dtype)
@@ -134,7 +135,7 @@ def test_gradients_of_half_types(layout, activation, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_backward_in_pieces(layout, n, c_in, c_out, spatial, activation):
     x = laid_out((n, c_in, *spatial), torch.float32, layout).abs()  # no mean near zero
     w, b, dy = randn((c_out, c_in, *[1] * len(spatial)), x.dtype), randn((c_out,), x.dtype), randn((n, c_out), x.dtype)
@@ -167,7 +168,7 @@ def test_needs_input_grad():
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_grad_output_of_any_strides(layout, activation):
     x, w = laid_out((3, 4, 5, 6), torch.float64, layout), randn((7, 4, 1, 1), torch.float64)
     b = randn((7,), torch.float64)
@@ -196,6 +197,7 @@ assert forward - before < full / 16 and after - forward < full / 8
 """
 
 
+@pytest.mark.cpu_only(reason="measures the process; tests/test_cuda.py asks the allocator")
 @pytest.mark.parametrize("format", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_full_tensor_never_exists(activation, format):

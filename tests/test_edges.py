@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DTYPES,
     FLOATS,
-    HALVES,
+    FORMATS,
     activate,
     check_forward,
     check_gradients,
@@ -22,7 +23,6 @@ import conv1x1_ext
 from conv1x1_ext import conv1x1, conv1x1_avg_pool
 
 NAN, INF = float("nan"), float("inf")
-DTYPES = (*FLOATS, *HALVES)
 
 
 def gradients(y, *leaves):
@@ -31,7 +31,7 @@ def gradients(y, *leaves):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_empty_batch(layout, activation, dtype):
     x, w = laid_out((0, 3, 4, 5), dtype, layout).requires_grad_(), weight_of((6, 3, 1, 1), dtype).requires_grad_()
     b, r = randn((6,), dtype).requires_grad_(), torch.empty(0, 6, 2, 3, dtype=dtype, requires_grad=True)
@@ -91,7 +91,7 @@ def special(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_special_values_pass_the_activation_as_in_torch(layout, activation, dtype):
     values = special(dtype)
     x = values.reshape(1, 1, -1, 1).expand(2, 1, values.numel(), 3)
@@ -111,7 +111,7 @@ def test_special_values_pass_the_activation_as_in_torch(layout, activation, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_special_values_in_the_gradient_mask(layout, activation, dtype):
     """A NaN output passes the gradient, the kinks fall where torch's do; dy itself may be NaN or infinite."""
     values = special(dtype)
@@ -130,7 +130,7 @@ def test_special_values_in_the_gradient_mask(layout, activation, dtype):
             torch.testing.assert_close(grad, expected, equal_nan=True, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nan_and_inf_reach_exactly_the_outputs_that_read_them(bad, layout):
     x, w = laid_out((2, 20, 7, 9), torch.float32, layout), weight_of((18, 10, 1, 1), torch.float32)
@@ -215,7 +215,8 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("layout", ["", ").to(memory_format=torch.channels_last"], ids=["contiguous", "channels_last"])
+@pytest.mark.cpu_only(reason="a mode of the CPU")
+@pytest.mark.parametrize("layout", ["", ").to(memory_format=torch.channels_last"], ids=FORMATS)
 def test_flush_denormal_reaches_the_worker_threads(layout):
     assert "ok" in expect_ok(run_python(FLUSH.format(layout=layout)))
 

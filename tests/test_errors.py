@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from helpers import DEVICE
 from torch._subclasses import FakeTensorMode
 
 import conv1x1_ext
 from conv1x1_ext import conv1x1, conv1x1_avg_pool
 
+# As messages name it: with the index, but for the CPU.
+HERE = "cpu" if DEVICE.type == "cpu" else f"{DEVICE.type}:{DEVICE.index or 0}"
 
-def t(*shape, dtype=torch.float32, device="cpu"):
+
+def t(*shape, dtype=torch.float32, device=None):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -86,7 +90,7 @@ CASES = {
     ),
     "device mismatch": (
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1, device="meta")},
-        RuntimeError, "weight: expected the input's device cpu, got meta",
+        RuntimeError, f"weight: expected the input's device {HERE}, got meta",
     ),
     "bias shape": (
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1), "bias": t(3)},

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    CASES,
+    DTYPES,
     FLOATS,
-    HALVES,
+    FORMATS,
     LAYOUTS,
     WEIGHT_LAYOUTS,
     Case,
@@ -17,39 +19,13 @@ from helpers import (
 
 import conv1x1_ext
 
-DTYPES = (*FLOATS, *HALVES)
-CASES = [
-    Case(1, 64, 64, (14, 14)),
-    Case(2, 3, 5, (9, 7)),
-    Case(2, 16, 33, (13, 11), 2),
-    Case(1, 33, 16, (12, 12), (2, 3)),
-    Case(1, 12, 18, (5, 9), (1, 4), 3),
-    Case(3, 24, 24, (6, 7), 2, 24),
-    Case(2, 24, 48, (6, 5), 1, 24),
-    Case(1, 512, 32, (12, 12), 1, 1, False),
-    Case(1, 40, 20, (7, 5), 2, 4, False),
-    Case(5, 130, 70, (7, 7)),
-    Case(4, 257, 65, (7, 7), 2),
-    Case(3, 64, 128, (1, 1)),
-    Case(7, 9, 10, (1, 1)),
-    Case(2, 19, 23, (31,)),
-    Case(2, 20, 24, (31,), 3, 4),
-    Case(1, 19, 23, (50,), 1, 1, False),
-    Case(2, 10, 15, (3, 5, 7)),
-    Case(2, 10, 15, (4, 5, 7), (2, 1, 3), 5),
-    Case(1, 10, 15, (4, 5, 7), 2, 1, False),
-    Case(1, 8, 8, (1, 300)),
-    Case(1, 8, 8, (300, 1), 5),
-    Case(2, 6, 4, (3, 3), 7),
-]
-
 
 def make(case, dtype, layout="contiguous", weight_layout="contiguous"):
     return laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, weight_layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shapes(case, layout, dtype):
     x, w = make(case, dtype, layout, layout)
@@ -59,7 +35,7 @@ def test_shapes(case, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("c_in", [1, 2, 3, 5, 8, 17, 127, 128, 129, 255, 256, 257])
 def test_channel_tails(c_in, layout, dtype):
     for c_out in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 24, 25, 47, 48, 49):
@@ -68,7 +44,7 @@ def test_channel_tails(c_in, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_pixel_tails(layout, dtype):
     for pixels in range(1, 67):
         x, w = make(Case(1, 6, 9, (1, pixels)), dtype, layout)
@@ -98,7 +74,7 @@ def test_layouts_in_other_dimensions(spatial, batched, layout, dtype):
 @pytest.mark.parametrize("residual_layout", [None, *LAYOUTS])
 def test_epilogue(activation, residual_layout, dtype):
     for case in (Case(2, 24, 18, (7, 9)), Case(2, 18, 24, (6, 6), 2, 2)):
-        for layout in ("contiguous", "channels_last"):
+        for layout in FORMATS:
             x, w = make(case, dtype, layout)
             r = None if residual_layout is None else laid_out(case.y_shape, dtype, residual_layout, case.channel)
             check_forward(x, w, randn((case.c_out,), dtype), case.stride, groups=case.groups, activation=activation,
@@ -106,7 +82,7 @@ def test_epilogue(activation, residual_layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_bias_of_any_stride(layout, dtype):
     x, w = make(Case(2, 20, 30, (5, 5), 1, 2), dtype, layout)
     for b in (randn((30,), dtype), randn((61,), dtype)[1::2], randn((1,), dtype).expand(30), randn((31,), dtype)[1:]):
@@ -128,7 +104,7 @@ def test_residual_is_not_changed_and_no_output_aliases_an_input():
     assert y.data_ptr() not in {t.data_ptr() for t in (x, w, r)}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_k_of_several_blocks(layout):
     for c_in in (1024, 2049, 5000):
         x, w = make(Case(1, c_in, 40, (7, 7)), torch.float32, layout)

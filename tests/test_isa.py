@@ -6,6 +6,8 @@ from helpers import expect_ok, run_python
 
 import conv1x1_ext
 
+pytestmark = pytest.mark.cpu_only(reason="instruction sets of the CPU")
+
 COMPACT = """
 import sys, torch, conv1x1_ext
 from helpers import *

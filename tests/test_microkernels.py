@@ -2,9 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
+
+np = pytest.importorskip("numpy")
+pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
 ISAS = ("scalar", "avx2", "avx512")
 DTYPES = ("float32", "float64")

@@ -1,10 +1,11 @@
 """Hypothesis: any shape, layout, stride, groups, dtype and activation agrees with stock within the bound."""
 
+import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DTYPES,
     FLOATS,
-    HALVES,
     LAYOUTS,
     WEIGHT_LAYOUTS,
     Case,
@@ -15,14 +16,16 @@ from helpers import (
     same_bits,
     weight_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import conv1x1_ext
 
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 
 @st.composite
-def problems(draw, dtypes=(*FLOATS, *HALVES)):
+def problems(draw, dtypes=DTYPES):
     dims = draw(st.integers(1, 3))
     spatial = tuple(draw(st.lists(st.integers(1, (60, 14, 6)[dims - 1]), min_size=dims, max_size=dims)))
     stride = draw(st.one_of(st.integers(1, 3), st.tuples(*[st.integers(1, 4)] * dims)))
@@ -58,6 +61,7 @@ def test_gradients(problem):
     check_gradients(*args, dy=dy, **kwargs)
 
 
+@pytest.mark.cpu_only(reason="thread counts")
 @settings(max_examples=60)
 @given(problems(), st.integers(2, 5))
 def test_threads_and_the_public_operator_do_not_change_bits(problem, threads):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import FLOATS, HALVES, LAYOUTS, WEIGHT_LAYOUTS, conv, laid_out, weight_of
+from helpers import DTYPES, FLOATS, FORMATS, HALVES, LAYOUTS, WEIGHT_LAYOUTS, conv, laid_out, weight_of
 from torch._subclasses import FakeTensorMode
 
 import conv1x1_ext
@@ -46,7 +46,7 @@ def test_strides_of_stock(dims, batched, dtype):
         assert conv1x1_ext.conv1x1(x, w, None, stride, groups=groups).stride() == expected.stride(), what
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_fake_tensors_have_the_real_strides(dims, batched, dtype):
@@ -76,7 +76,7 @@ def test_fake_gradients_have_the_real_strides(dims, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("layout,weight_layout", list(itertools.product(["contiguous", "channels_last"], repeat=2)))
+@pytest.mark.parametrize("layout,weight_layout", list(itertools.product(FORMATS, repeat=2)))
 def test_half_types_have_float32s_strides(layout, weight_layout, dtype):
     for dims in (1, 2, 3):
         x = laid_out((2, 3, *[4] * dims), dtype, layout)

@@ -6,8 +6,12 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DTYPES,
     FLOATS,
-    HALVES,
+    FORMATS,
+    GRAD_OUTPUT_CASES,
+    GRADIENT_CASES,
+    LAYOUT_CASES,
     LAYOUTS,
     WEIGHT_LAYOUTS,
     Case,
@@ -20,31 +24,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import conv1x1_ext
 
-DTYPES = (*FLOATS, *HALVES)
 PARAMETERS = (0, 1, 1, 0)
-CASES = [
-    Case(1, 64, 64, (10, 10)),
-    Case(2, 5, 3, (9, 7)),
-    Case(2, 33, 16, (13, 11), 2),
-    Case(1, 16, 33, (12, 12), (2, 3)),
-    Case(1, 12, 18, (5, 9), (1, 4), 3),
-    Case(3, 24, 24, (6, 7), 2, 24),
-    Case(1, 130, 32, (12, 12), 1, 1, False),
-    Case(1, 40, 20, (7, 5), 2, 4, False),
-    Case(5, 70, 130, (7, 7)),
-    Case(13, 65, 40, (7, 7), 2),
-    Case(7, 9, 10, (1, 1)),
-    Case(129, 9, 10, (1, 1)),
-    Case(2, 20, 24, (31,), 3, 4),
-    Case(1, 19, 23, (50,), 1, 1, False),
-    Case(2, 10, 15, (4, 5, 7), (2, 1, 3), 5),
-    Case(1, 10, 15, (4, 5, 7), 2, 1, False),
-]
+# And sums over many small images.
+WGRAD_CASES = [*GRADIENT_CASES, Case(13, 65, 40, (7, 7), 2), Case(129, 9, 10, (1, 1))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("case", WGRAD_CASES, ids=str)
 def test_shapes(case, layout, dtype):
     x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, layout)
     b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout, case.channel)
@@ -55,7 +42,7 @@ def test_shapes(case, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("c_out", [1, 2, 3, 7, 8, 9, 16, 17])
 def test_channel_tails(c_out, layout, dtype):
     for c_in in (1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 25, 47, 48, 49):
@@ -64,7 +51,7 @@ def test_channel_tails(c_out, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_pixel_counts_around_the_blocks(batch, layout, dtype):
     for pixels in (1, 2, 15, 16, 17, 42, 43, 127, 128, 129, 255, 256, 257, 600):
@@ -72,7 +59,7 @@ def test_pixel_counts_around_the_blocks(batch, layout, dtype):
         check_gradients(x, w, randn((7,), dtype), activation="relu6", need=PARAMETERS)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_long_sums_stay_accurate(layout, activation):
     """Sums over many pixels, where one chain of additions would lose digits; k is cut into slices here."""
@@ -84,9 +71,9 @@ def test_long_sums_stay_accurate(layout, activation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype):
-    for case in (Case(2, 24, 18, (7, 9)), Case(3, 65, 66, (6, 6), 2)):
+    for case in GRAD_OUTPUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
         dy, r = laid_out(case.y_shape, dtype, dy_layout), laid_out(case.y_shape, dtype, layout)
         plain = {"activation": activation, "dy": dy}
@@ -96,7 +83,7 @@ def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "gelu"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_grad_output_of_stride_zero(layout, activation, dtype):
     x, w = laid_out((2, 9, 6, 5), dtype, layout), weight_of((11, 9, 1, 1), dtype)
     dy = torch.ones((), dtype=dtype).expand(2, 11, 6, 5)
@@ -108,7 +95,7 @@ def test_grad_output_of_stride_zero(layout, activation, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
 def test_layouts(layout, weight_layout, dtype):
-    for case in (Case(3, 20, 12, (6, 9), 1, 2), Case(2, 66, 70, (8, 8), 2)):
+    for case in LAYOUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype, weight_layout)
         check_gradients(x, w, randn((case.c_out,), dtype), case.stride, groups=case.groups, need=PARAMETERS)
 
