@@ -198,7 +198,7 @@ def test_sample_under_address_and_undefined_behaviour_sanitizers():
     command.append(f"{__file__}::test_sample")
     environment = {**os.environ, **build.sanitizer_environment(), "CONV1X1_EMULATE_SANITIZED": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, f"{path}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+    assert result.returncode == 0, f"{path}\n{result.stdout[-2000:]}\n{result.stderr[:6000]}"
 
 
 # --- fprop ----------------------------------------------------------------------------------------------------------
