@@ -193,11 +193,12 @@ def test_sample(emulator, case, layouts, mode):
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
 def test_sample_under_address_and_undefined_behaviour_sanitizers():
     path = build.build_kernels(sanitize=True)
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    # -s: pytest would keep the sanitizer's report from a process that it ends.
+    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:xdist", "-p", "no:cacheprovider"]
     command.append(f"{__file__}::test_sample")
     environment = {**os.environ, **build.sanitizer_environment(), "CONV1X1_EMULATE_SANITIZED": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, f"{path}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+    assert result.returncode == 0, f"{path}\n{result.stdout[-2000:]}\n{result.stderr[:6000]}"
 
 
 # --- fprop ----------------------------------------------------------------------------------------------------------
