@@ -49,7 +49,7 @@ if with_cuda:
         os.environ.get("TORCH_CUDA_ARCH_LIST"), [torch.cuda.get_device_capability(gpu) for gpu in gpus], toolkit
     )
     messages.append(f"nvcc {toolkit.version}, architectures {' '.join(archs)}")
-    messages += [f"left out: {' '.join(too_old)}: the kernels need 8.0"] * bool(too_old)
+    messages += [f"left out: {' '.join(too_old)}: the kernels need 7.5"] * bool(too_old)
     warning = build_config.driver_warning(toolkit.version, torch.version.cuda)
     messages += [f"WARNING: {warning}"] * bool(warning)
     names = {"CONV1X1_CUDA_ARCHS": " ".join(archs), "CONV1X1_NVCC": toolkit.version}

@@ -197,10 +197,7 @@ std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& 
   if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
   Tensor y = allocate_output(backend, args, p, &p.y);
   if (direction == "fprop") return backend.explain(lower_fprop(p));
-  if (direction == "avg_pool") {
-    double unused = 0;
-    return backend.explain(lower_avg_pool(p, &unused));
-  }
+  if (direction == "avg_pool") return backend.explain_avg_pool(p);
   if (direction != "dgrad" && direction != "wgrad")
     raise_if("conv1x1: direction: expected 'fprop', 'dgrad', 'wgrad' or 'avg_pool', got '" + direction + "'");
   if (!masks_from_output(p.activation)) p.activation = Activation::kNone;  // torch's own derivative comes first

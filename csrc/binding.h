@@ -35,6 +35,7 @@ class Backend {
   virtual void avg_pool_backward(const Conv1x1Problem& p) const = 0;
   // The plan, as "key=value" lines.
   virtual std::string explain(const GemmProblem& g) const = 0;
+  virtual std::string explain_avg_pool(const Conv1x1Problem& p) const = 0;
 
  protected:
   ~Backend() = default;

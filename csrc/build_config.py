@@ -64,7 +64,7 @@ CUDA_LIBRARIES = ["cudart_static", "rt", "dl", "pthread"]
 
 # Where neither TORCH_CUDA_ARCH_LIST nor a GPU chooses: A100, H100, B200, consumer Blackwell, and PTX for what comes.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
-MIN_ARCH = (8, 0)  # cp.async
+MIN_ARCH = (7, 5)  # what the kernels for CUDA cores are written for; tensor cores from 8.0 on
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,9 @@ def choose_archs(
                 )
     elif visible:
         for gpu in sorted(set(visible)):
-            names.append(_text(gpu) if _text(gpu) in toolkit.archs else f"{_newest(toolkit, gpu)}+PTX")
+            older = [arch for arch in toolkit.archs if _number(arch) < gpu]
+            # PTX of the newest older architecture, for the driver to compile for a GPU that nvcc does not know.
+            names.append(_text(gpu) if _text(gpu) in toolkit.archs or not older else f"{older[-1]}+PTX")
     else:
         names = [name for name in DEFAULT_ARCHS if name in toolkit.archs]
         names[-1:] = [f"{name}+PTX" for name in names[-1:]]
@@ -224,12 +226,6 @@ def choose_archs(
             f"{toolkit.version}, from {_text(MIN_ARCH)} on; got {' '.join(unknown or too_old) or 'none'}."
         )
     return archs, too_old
-
-
-def _newest(toolkit: Toolkit, capability: tuple[int, int]) -> str:
-    """The newest architecture whose PTX the driver can compile for a GPU that nvcc does not know."""
-    older = [arch for arch in toolkit.archs if _number(arch) <= capability]
-    return older[-1] if older else toolkit.archs[0]
 
 
 def gencode_flags(archs: Sequence[str]) -> list[str]:

@@ -66,6 +66,11 @@ class CpuBackend final : public Backend {
 
   std::string explain(const GemmProblem& g) const override { return describe(g, make_plan(g, threads_, kernels())); }
 
+  std::string explain_avg_pool(const Conv1x1Problem& p) const override {
+    double unused = 0;
+    return explain(lower_avg_pool(p, &unused));
+  }
+
  private:
   const int threads_;
 };

@@ -100,6 +100,7 @@ class CudaBackend final : public Backend {
 
   void avg_pool(const Conv1x1Problem& p, void* out) const override {
     check(p);
+    if (verbose()) std::fprintf(stderr, "conv1x1\n%s\n", explain_avg_pool(p).c_str());
     const Workspace workspace(cuda::avg_pool_workspace(p, device_, allow_tf32_), index_);
     raise("average pooling", cuda::run_avg_pool(p, out, device_, allow_tf32_, workspace.data, stream_));
   }
@@ -112,6 +113,11 @@ class CudaBackend final : public Backend {
   }
 
   std::string explain(const GemmProblem& g) const override { return cuda::describe(g, device_, plan_of(g)); }
+
+  std::string explain_avg_pool(const Conv1x1Problem& p) const override {
+    check(p);
+    return cuda::describe_avg_pool(p, device_, allow_tf32_);
+  }
 
  private:
   // Given back at the end of the pass: what torch hands it to next runs later on the same stream.

@@ -1,5 +1,5 @@
-// What every kernel uses: axes and operands as the device sees them, conversions, masks, tile indices, and the two macros
-// behind which kernels are launched and get their dynamic shared memory (tests/cuda_on_cpu/ has its own).
+// What every kernel uses: axes and operands as the device sees them, conversions, masks, tile indices, and the two
+// macros behind which kernels are launched and get their dynamic shared memory (tests/cuda_on_cpu/ has its own).
 #pragma once
 
 #include "launch.h"
@@ -67,7 +67,7 @@ struct Operand {
   const void* aux = nullptr;  // the saved output that masks it
   DeviceAxis mn, k;
   uint32_t mn_count = 0;
-  int chunk = 1;      // elements that may be copied at once along the tile's contiguous index
+  int chunk = 1;        // elements that may be copied at once along the tile's contiguous index
   bool k_unit = false;  // that index is k
   int64_t group_stride = 0, aux_group_stride = 0, image_stride = 0;
 };
@@ -86,7 +86,8 @@ struct GemmParams {
   uint32_t m = 0, n = 0, k = 0;
   uint32_t groups = 1, images = 1;  // images > 1 only where each is a GEMM of its own (average pooling)
   uint32_t tiles_m = 1, tiles_n = 1;
-  bool m_fastest = false;  // order of the tiles: the index with fewer tiles runs first, so that L2 serves the other operand
+  bool m_fastest =
+      false;  // order of the tiles: the index with fewer tiles runs first, so that L2 serves the other operand
   uint32_t slices = 1, slice = 0;
   Mask mask = Mask::kNone;
   Activation activation = Activation::kNone;

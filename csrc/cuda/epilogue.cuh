@@ -1,8 +1,8 @@
 // What happens to a tile of accumulators: bias + residual + activation + rounding + store; or, unfinished, partial sums
 // for split-K; or sums over the pixels for average pooling. Shared by every GEMM kernel.
 //
-// The kernel lays kRows rows of accumulators at a time into shared memory, row-major with kPad elements between rows, so
-// that stores to global memory are whole lines whatever the registers' layout is.
+// The kernel lays kRows rows of accumulators at a time into shared memory, row-major with kPad elements between rows,
+// so that stores to global memory are whole lines whatever the registers' layout is.
 #pragma once
 
 #include "device.cuh"
@@ -15,7 +15,7 @@ template <int kBlockN>
 constexpr int kEpilogueStride = kBlockN + kPad;
 
 template <class Acc, int kRows, int kBlockN>
-constexpr int kEpilogueBytes = kRows* kEpilogueStride<kBlockN>* static_cast<int>(sizeof(Acc));
+constexpr int kEpilogueBytes = kRows * kEpilogueStride<kBlockN> * static_cast<int>(sizeof(Acc));
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -26,20 +26,15 @@ __device__ __forceinline__ double error_function(double x) { return erf(x); }
 template <class Acc>
 __device__ __forceinline__ Acc activate(Acc x, Activation activation) {
   switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kReLU:
-      return x <= Acc(0) ? Acc(0) : x;
-    case Activation::kReLU6:
-      return x <= Acc(0) ? Acc(0) : x >= Acc(6) ? Acc(6) : x;
-    case Activation::kSiLU:
-      return x / (Acc(1) + exponential(-x));
+    case Activation::kNone: return x;
+    case Activation::kReLU: return x <= Acc(0) ? Acc(0) : x;
+    case Activation::kReLU6: return x <= Acc(0) ? Acc(0) : x >= Acc(6) ? Acc(6) : x;
+    case Activation::kSiLU: return x / (Acc(1) + exponential(-x));
     case Activation::kHardswish: {
       const Acc shifted = x + Acc(3);
       return x * (shifted <= Acc(0) ? Acc(0) : shifted >= Acc(6) ? Acc(6) : shifted) / Acc(6);
     }
-    case Activation::kGELU:
-      return Acc(0.5) * x * (Acc(1) + error_function(x * Acc(0.70710678118654752440)));
+    case Activation::kGELU: return Acc(0.5) * x * (Acc(1) + error_function(x * Acc(0.70710678118654752440)));
   }
   return x;
 }
@@ -48,18 +43,14 @@ __device__ __forceinline__ Acc activate(Acc x, Activation activation) {
 template <class Acc>
 __device__ __forceinline__ Acc activation_derivative(Acc x, Activation activation) {
   switch (activation) {
-    case Activation::kNone:
-      return Acc(1);
-    case Activation::kReLU:
-      return passes(x, Mask::kReLU) ? Acc(1) : Acc(0);
-    case Activation::kReLU6:
-      return passes(x, Mask::kReLU6) ? Acc(1) : Acc(0);
+    case Activation::kNone: return Acc(1);
+    case Activation::kReLU: return passes(x, Mask::kReLU) ? Acc(1) : Acc(0);
+    case Activation::kReLU6: return passes(x, Mask::kReLU6) ? Acc(1) : Acc(0);
     case Activation::kSiLU: {
       const Acc s = Acc(1) / (Acc(1) + exponential(-x));
       return s * (Acc(1) + x * (Acc(1) - s));
     }
-    case Activation::kHardswish:
-      return x <= Acc(-3) ? Acc(0) : x >= Acc(3) ? Acc(1) : x / Acc(3) + Acc(0.5);
+    case Activation::kHardswish: return x <= Acc(-3) ? Acc(0) : x >= Acc(3) ? Acc(1) : x / Acc(3) + Acc(0.5);
     case Activation::kGELU: {
       const Acc density = Acc(0.39894228040143267794) * exponential(Acc(-0.5) * x * x);
       return Acc(0.5) * (Acc(1) + error_function(x * Acc(0.70710678118654752440))) + x * density;
@@ -76,8 +67,8 @@ __device__ __forceinline__ void finish(const Acc* sums, const GemmParams& p, uin
   const Offsets row = p.d.m.at(m), col = p.d.n.at(n);
   Chunk<T, kChunk> residual;
   if (p.d.residual)
-    residual = load_chunk<kChunk>(static_cast<const T*>(p.d.residual) + group * p.d.residual_group_stride + row.aux +
-                                  col.aux);
+    residual =
+        load_chunk<kChunk>(static_cast<const T*>(p.d.residual) + group * p.d.residual_group_stride + row.aux + col.aux);
   Chunk<T, kChunk> out;
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
@@ -116,12 +107,13 @@ __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, 
   const T* bias = static_cast<const T*>(p.bias);
   const uint32_t channels = p.pool_along_n ? p.m : p.n;
   const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kRows}), cols = min(p.n - n0, uint32_t{kBlockN});
-  Acc* out = static_cast<Acc*>(p.pooled) +
-             (static_cast<int64_t>(t.image) * p.pool_slots + slot) * p.groups * channels + t.group * channels;
+  Acc* out = static_cast<Acc*>(p.pooled) + (static_cast<int64_t>(t.image) * p.pool_slots + slot) * p.groups * channels +
+             t.group * channels;
   const uint32_t count = p.pool_along_n ? rows : cols, length = p.pool_along_n ? cols : rows;
   for (uint32_t c = threadIdx.x; c < count; c += kThreads) {
     const uint32_t channel = c + (p.pool_along_n ? m0 : n0);
-    const Acc offset = bias ? widen(bias[(static_cast<int64_t>(t.group) * channels + channel) * p.bias_stride]) : Acc(0);
+    const Acc offset =
+        bias ? widen(bias[(static_cast<int64_t>(t.group) * channels + channel) * p.bias_stride]) : Acc(0);
     Acc sum = 0;
 #pragma unroll 1
     for (uint32_t i = 0; i < length; ++i) {
@@ -140,7 +132,7 @@ __device__ __noinline__ void epilogue(const Acc* tile, const GemmParams& p, int 
   const uint32_t m0 = t.tile_m * kBlockM + pass * kRows, n0 = t.tile_n * kBlockN;
   if (p.pooled) {
     pool_rows<T, kRows, kBlockN, kThreads>(tile, p, t, m0, n0,
-                                    p.pool_along_n ? t.tile_n : t.tile_m * (kBlockM / kRows) + pass);
+                                           p.pool_along_n ? t.tile_n : t.tile_m * (kBlockM / kRows) + pass);
   } else if (p.partials) {
     const int64_t group = static_cast<int64_t>(t.slice) * p.groups + t.group;
     for (int c = threadIdx.x; c < kRows * kBlockN; c += kThreads) {

@@ -1,9 +1,10 @@
-// GEMM on tensor cores for float16, bfloat16 and float32 as TF32: mma.sync, fed by ldmatrix from swizzled shared memory,
-// filled by cp.async a few stages ahead. For sm_80 and later. float32 accumulation.
+// GEMM on tensor cores for float16, bfloat16 and float32 as TF32: mma.sync, fed by ldmatrix from swizzled shared
+// memory, filled by cp.async a few stages ahead. For sm_80 and later. float32 accumulation.
 //
-// A block computes kBlockM x kBlockN of D, a warp kWarpM x kWarpN of it. Per stage of 64 bytes along k, a warp takes two
-// steps of 32 bytes: k = 16 for 16-bit types, 8 for TF32. The mask of a gradient is applied to the fragments between
-// shared memory and mma, from a tile of the saved output beside the operand's; dbias is summed from the same fragments.
+// A block computes kBlockM x kBlockN of D, a warp kWarpM x kWarpN of it. Per stage of 64 bytes along k, a warp takes
+// two steps of 32 bytes: k = 16 for 16-bit types, 8 for TF32. The mask of a gradient is applied to the fragments
+// between shared memory and mma, from a tile of the saved output beside the operand's; dbias is summed from the same
+// fragments.
 #pragma once
 
 #include <type_traits>
@@ -13,6 +14,13 @@
 #include "tile_loader.cuh"
 
 namespace conv1x1::cuda {
+
+// Of the architecture that is compiled for; data-center chips have 164 KiB or more.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSharedPerMultiprocessor = 100 * 1024;
+#else
+constexpr int kSharedPerMultiprocessor = 160 * 1024;
+#endif
 
 template <class T_, int kBlockM_, int kBlockN_, int kWarpM_, int kStages_, Major kMajorA_, Major kMajorB_,
           Masked kMasked_, bool kRowSums_>
@@ -30,8 +38,11 @@ struct MmaConfig {
   static constexpr int kMainloopBytes = kStages * kStageBytes;
   static constexpr int kTileBytes = kEpilogueBytes<float, kBlockM, kBlockN>;
   static constexpr int kSharedBytes = kMainloopBytes > kTileBytes ? kMainloopBytes : kTileBytes;
-  // Blocks a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
-  static constexpr int kBlocks = 512 / kThreads < 200 * 1024 / kSharedBytes ? 512 / kThreads : 200 * 1024 / kSharedBytes;
+  // With a mask's fragments besides, two steps at once would need more registers than there are.
+  static constexpr int kUnroll = kMasked == Masked::kNone ? 2 : 1;
+  // Blocks that a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
+  static constexpr int kRoom = kSharedPerMultiprocessor / kSharedBytes;
+  static constexpr int kBlocks = 512 / kThreads < kRoom ? 512 / kThreads : kRoom;
 };
 
 // The two elements of a 16-bit fragment register.
@@ -127,8 +138,7 @@ __device__ __forceinline__ void round_to_tf32(uint32_t (&fragment)[kCount]) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    gemm_mma(const __grid_constant__ GemmParams p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid_constant__ GemmParams p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // plans never choose it below
   using T = typename C::T;
   constexpr int kFragmentsM = C::kWarpM / 16, kPairsN = C::kWarpN / 16;
@@ -166,7 +176,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if (step < 0) continue;
 
     const unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
-#pragma unroll
+#pragma unroll(C::kUnroll)
     for (int s = 0; s < 2; ++s) {
       uint32_t b[kPairsN][4];
 #pragma unroll

@@ -18,8 +18,8 @@ cudaError_t launch_one(const GemmParams& params, uint32_t blocks, cudaStream_t s
     using Config =
         MmaConfig<T, tile.m, tile.n, tile.warp_m, mma_stages(kind), kind.a, kind.b, kind.masked, kind.row_sums>;
     if (Config::kSharedBytes > 48 * 1024) {  // what a kernel may have without asking
-      const cudaError_t error = cudaFuncSetAttribute(gemm_mma<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     Config::kSharedBytes);
+      const cudaError_t error =
+          cudaFuncSetAttribute(gemm_mma<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
       if (error != cudaSuccess) return error;
     }
     CONV1X1_LAUNCH((gemm_mma<Config>), dim3(blocks), dim3(Config::kThreads), Config::kSharedBytes, stream, params);

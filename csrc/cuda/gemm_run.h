@@ -21,14 +21,10 @@ cudaError_t run_pooled_gemm(const GemmProblem& problem, const Plan& plan, const 
 template <class Function>
 cudaError_t for_dtype(DType dtype, Function function) {
   switch (dtype) {
-    case DType::kFloat32:
-      return function(float());
-    case DType::kFloat64:
-      return function(double());
-    case DType::kBFloat16:
-      return function(__nv_bfloat16());
-    case DType::kFloat16:
-      return function(__half());
+    case DType::kFloat32: return function(float());
+    case DType::kFloat64: return function(double());
+    case DType::kBFloat16: return function(__nv_bfloat16());
+    case DType::kFloat16: return function(__half());
   }
   return cudaErrorInvalidValue;
 }

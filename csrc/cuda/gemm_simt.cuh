@@ -1,9 +1,9 @@
-// GEMM on CUDA cores: float32 in full IEEE precision and float64; and 16-bit types, converted to float32, where a GPU has
-// no mma.sync for them. Any compute capability.
+// GEMM on CUDA cores: float32 in full IEEE precision and float64; and 16-bit types, converted to float32, where a GPU
+// has no mma.sync for them. Any compute capability.
 //
-// A block computes kBlockM x kBlockN of D with 256 threads. Tiles of A and B travel global -> registers -> shared memory,
-// the next ones while this one is multiplied; the mask of a gradient and the conversion happen on the way. Shared memory
-// is double buffered, k-major: row k holds kBlockM (or kBlockN) elements of one k.
+// A block computes kBlockM x kBlockN of D with 256 threads. Tiles of A and B travel global -> registers -> shared
+// memory, the next ones while this one is multiplied; the mask of a gradient and the conversion happen on the way.
+// Shared memory is double buffered, k-major: row k holds kBlockM (or kBlockN) elements of one k.
 #pragma once
 
 #include "epilogue.cuh"
@@ -73,7 +73,8 @@ struct SimtLoader {
       value[j] = Acc(0);
       if (!inside || index + j >= count) continue;
       const Offsets moving = operand.k_unit ? operand.k.at(index + j) : operand.mn.at(index + j);
-      if (!aux || passes(Acc(widen(aux[fixed.aux + moving.aux])), mask)) value[j] = widen(data[fixed.data + moving.data]);
+      if (!aux || passes(Acc(widen(aux[fixed.aux + moving.aux])), mask))
+        value[j] = widen(data[fixed.data + moving.data]);
     }
   }
 

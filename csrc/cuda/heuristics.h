@@ -63,11 +63,11 @@ constexpr int kSimtRows = 64;  // of a tile that the epilogue takes at a time, t
 
 // Cycles that one multiprocessor takes for a tile's k steps, roughly: what counts is how tiles compare.
 struct CostModel {
-  double multiply_adds;        // per cycle, reached in a large tile
-  double load_bytes = 40;      // per cycle, mostly from L2
-  double memory_bytes = 12;    // per cycle, the multiprocessor's share of device memory
-  double fixed = 1500;         // first loads and epilogue
-  double reduction = 4000;     // one more launch
+  double multiply_adds;      // per cycle, reached in a large tile
+  double load_bytes = 40;    // per cycle, mostly from L2
+  double memory_bytes = 12;  // per cycle, the multiprocessor's share of device memory
+  double fixed = 1500;       // first loads and epilogue
+  double reduction = 4000;   // one more launch
 };
 
 struct Choice {
@@ -76,12 +76,12 @@ struct Choice {
   double cycles = 0;
 };
 
-// The cheapest split of k for one tile shape. Slices are whole multiples of block_k * 4, so that split-K never pays more
-// for its partial sums than it gains.
+// The cheapest split of k for one tile shape. Slices are whole multiples of block_k * 4, so that split-K never pays
+// more for its partial sums than it gains.
 inline Choice best_split(const CostModel& cost, const Tile& tile, int64_t m, int64_t n, int64_t k, int64_t batch,
                          int element_bytes, int accumulator_bytes, int block_k, int sm_count, bool may_split) {
-  const int64_t tiles = ((m + tile.m - 1) / tile.m) * ((n + tile.n - 1) / tile.n > 0 ? (n + tile.n - 1) / tile.n : 1) *
-                        batch;
+  const int64_t tiles =
+      ((m + tile.m - 1) / tile.m) * ((n + tile.n - 1) / tile.n > 0 ? (n + tile.n - 1) / tile.n : 1) * batch;
   const int64_t unit = 4 * block_k, units = (k + unit - 1) / unit;
   Choice best;
   best.cycles = -1;
@@ -94,8 +94,8 @@ inline Choice best_split(const CostModel& cost, const Tile& tile, int64_t m, int
     const int64_t waves = (tiles * slices + sm_count - 1) / sm_count;
     double cycles = static_cast<double>(waves) * ((compute > load ? compute : load) + cost.fixed);
     if (slices > 1)
-      cycles += cost.reduction + 2.0 * static_cast<double>(slices * batch * m * n) * accumulator_bytes /
-                                     (cost.memory_bytes * sm_count);
+      cycles += cost.reduction +
+                2.0 * static_cast<double>(slices * batch * m * n) * accumulator_bytes / (cost.memory_bytes * sm_count);
     if (best.cycles < 0 || cycles < best.cycles) best = {0, slices, slices == 1 ? k : per_slice * unit, cycles};
     if (!may_split || waves > 4) break;
   }

@@ -65,7 +65,8 @@ cudaError_t launch_gemm(const GemmParams& p, const Plan& plan, cudaStream_t stre
   if constexpr (sizeof(T) == 8) {
     return launch_simt<T>(p, plan, blocks, stream);
   } else {
-    return plan.kernel == Kernel::kMma ? launch_mma<T>(p, plan, blocks, stream) : launch_simt<T>(p, plan, blocks, stream);
+    return plan.kernel == Kernel::kMma ? launch_mma<T>(p, plan, blocks, stream)
+                                       : launch_simt<T>(p, plan, blocks, stream);
   }
 }
 
@@ -138,8 +139,7 @@ cudaError_t run_gemm(const GemmProblem& g, const Plan& plan, void* workspace, cu
 
 cudaError_t run_pooled_gemm(const GemmProblem& g, const Plan& plan, const Pooling& pooling, void* workspace,
                             cudaStream_t stream) {
-  return for_dtype(g.dtype,
-                   [&](auto zero) { return run_pooled<decltype(zero)>(g, plan, pooling, workspace, stream); });
+  return for_dtype(g.dtype, [&](auto zero) { return run_pooled<decltype(zero)>(g, plan, pooling, workspace, stream); });
 }
 
 }  // namespace conv1x1::cuda

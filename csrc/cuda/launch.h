@@ -31,7 +31,7 @@ struct Plan {
   bool a_k_unit = false, b_k_unit = false;    // the operand's tile is contiguous along k, not along m or n
   int a_chunk = 1, b_chunk = 1, d_chunk = 1;  // elements moved at once: the alignment tier; 1 is element by element
   int64_t tiles_m = 0, tiles_n = 0;
-  int64_t slices = 1, slice = 0;  // of k, and their length: split-K
+  int64_t slices = 1, slice = 0;                      // of k, and their length: split-K
   int64_t partials = 0, row_sums = 0, workspace = 0;  // device memory in bytes; workspace is all of it
 };
 
@@ -46,12 +46,13 @@ cudaError_t run_gemm(const GemmProblem& problem, const Plan& plan, void* workspa
 
 // out(image, c) = mean over pixels of activation(W x + bias); (batch, C_out) contiguous, of the problem's dtype; NaN
 // where there are no pixels.
+std::string describe_avg_pool(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 int64_t avg_pool_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& device, bool allow_tf32, void* workspace,
                          cudaStream_t stream);
 // Its gradients, written to p.dx, p.dw and p.dbias where those have data; p.dy has no pixel strides. The pre-activation
-// is recomputed in at most four pieces, of 2^24 elements or more: the workspace is a quarter of the convolution's output
-// where that is large.
+// is recomputed in at most four pieces, of 2^24 elements or more: the workspace is a quarter of the convolution's
+// output where that is large.
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
                                   cudaStream_t stream);

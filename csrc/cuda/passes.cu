@@ -27,12 +27,12 @@ __global__ void __launch_bounds__(kThreads) masked_copy(const __grid_constant__ 
   const uint32_t row = static_cast<uint32_t>(i / chunks), col = static_cast<uint32_t>(i % chunks) * kChunk;
   const Offsets from_row = p.from_row.at(row), from_col = p.from_col.at(col);
   const auto dy = load_chunk<kChunk>(static_cast<const T*>(p.dy) + from_row.data + from_col.data);
-  const auto y = load_chunk<kChunk>(static_cast<const T*>(p.y) + from_row.aux + from_col.aux);
-  Chunk<T, kChunk> dz;
+  Chunk<T, kChunk> dz = dy;
+  if (p.y) {
+    const auto y = load_chunk<kChunk>(static_cast<const T*>(p.y) + from_row.aux + from_col.aux);
 #pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    const bool through = passes(widen(y.value[j]), p.mask);
-    dz.value[j] = through ? dy.value[j] : narrow<T>(typename Accumulator<T>::type(0));
+    for (int j = 0; j < kChunk; ++j)
+      if (!passes(widen(y.value[j]), p.mask)) dz.value[j] = narrow<T>(typename Accumulator<T>::type(0));
   }
   *reinterpret_cast<Chunk<T, kChunk>*>(static_cast<T*>(p.dz) + p.to_row.at(row).data + p.to_col.at(col).data) = dz;
 }
@@ -149,6 +149,12 @@ cudaError_t run_zero_fill(const Conv1x1Problem& p, cudaStream_t stream) {
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(p.dx.data, 0, static_cast<size_t>(bytes), stream);
 }
 
+std::string describe_avg_pool(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
+  const GemmProblem g = pooled_problem(p);
+  return describe(g, device, make_plan(g, device, allow_tf32, p.batch, p.x.stride[0])) +
+         "\nimages=" + std::to_string(p.batch) + ", each a GEMM of its own";
+}
+
 int64_t avg_pool_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
   const GemmProblem g = pooled_problem(p);
   const Plan plan = make_plan(g, device, allow_tf32, p.batch, p.x.stride[0]);
@@ -166,7 +172,8 @@ int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& devic
   const Pieces pieces = pieces_of(p);
   int64_t gemm = 0;
   // The last piece may be smaller, and a smaller problem may be split into more slices.
-  for (const int64_t first : {int64_t{0}, p.batch - std::max<int64_t>(1, p.batch % std::max<int64_t>(1, pieces.images))}) {
+  for (const int64_t first :
+       {int64_t{0}, p.batch - std::max<int64_t>(1, p.batch % std::max<int64_t>(1, pieces.images))}) {
     if (first < 0 || p.batch == 0) continue;
     Conv1x1Problem q = piece_of<char>(p, pieces, 0, nullptr);
     q.batch = std::min(pieces.images, p.batch - first);
@@ -195,8 +202,8 @@ cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device,
       const int64_t elements = q.batch * p.c_out * pixels;
       if (error == cudaSuccess && elements > 0) {
         if (block_count(elements) > INT32_MAX) return cudaErrorInvalidConfiguration;
-        CONV1X1_LAUNCH((pool_gradient<T>), dim3(static_cast<uint32_t>(block_count(elements))), dim3(kThreads), 0, stream,
-                       static_cast<T*>(workspace), static_cast<const T*>(p.dy.data) + first * p.dy.stride[0],
+        CONV1X1_LAUNCH((pool_gradient<T>), dim3(static_cast<uint32_t>(block_count(elements))), dim3(kThreads), 0,
+                       stream, static_cast<T*>(workspace), static_cast<const T*>(p.dy.data) + first * p.dy.stride[0],
                        p.dy.stride[0], p.dy.stride[1], q.batch, p.c_out, pixels, pieces.channels_last, p.activation);
         error = cudaGetLastError();
       }

@@ -1,5 +1,5 @@
-// GemmProblem -> Plan: kernel, tile, alignment tiers, split-K. Pure functions of the problem and the device; runs on the
-// host, without CUDA.
+// GemmProblem -> Plan: kernel, tile, alignment tiers, split-K. Pure functions of the problem and the device; runs on
+// the host, without CUDA.
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -60,9 +60,9 @@ int chunk_of(const Matrix& matrix, const Axis& unit, const Axis& other, int64_t 
       if (second && !aux) continue;
       const void* data = second ? matrix.aux : matrix.data;
       const int64_t group_stride = second ? matrix.aux_group_stride : matrix.group_stride;
-      fits = fits && is_multiple(reinterpret_cast<intptr_t>(data), bytes) && outer_strides_fit(unit, chunk, second, true) &&
-             outer_strides_fit(other, chunk, second, false) && (groups == 1 || is_multiple(group_stride, chunk)) &&
-             (second || is_multiple(image_stride, chunk));
+      fits = fits && is_multiple(reinterpret_cast<intptr_t>(data), bytes) &&
+             outer_strides_fit(unit, chunk, second, true) && outer_strides_fit(other, chunk, second, false) &&
+             (groups == 1 || is_multiple(group_stride, chunk)) && (second || is_multiple(image_stride, chunk));
     }
     if (fits) return chunk;
   }
@@ -110,8 +110,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.kernel = (half && built_for(device.arch) >= 80) || plan.tf32 ? Kernel::kMma : Kernel::kSimt;
   const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pool;
   CostModel cost;
-  // Multiply-adds a cycle of a multiprocessor: tensor cores reach about 60% of 1024 (16-bit; half of it for TF32) through
-  // mma.sync, CUDA cores 70% of 128; float64 runs at 64 on data-center chips.
+  // Multiply-adds a cycle of a multiprocessor: tensor cores reach about 60% of 1024 (16-bit; half of it for TF32)
+  // through mma.sync, CUDA cores 70% of 128; float64 runs at 64 on data-center chips.
   cost.multiply_adds = mma ? (plan.tf32 ? 300 : 600) : g.dtype == DType::kFloat64 ? 40 : 90;
   if (mma) plan.kind = kind_of(g);
 
@@ -158,14 +158,16 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
 std::string check_problem(const GemmProblem& g, const Device& device) {
   const int64_t longest = std::max({g.m, g.n, g.k});
   if (longest >= kLimit)
-    return "conv1x1: input: expected fewer than 2^31 pixels (batch x spatial size) and channels on a CUDA device, got " +
+    return "conv1x1: input: expected fewer than 2^31 pixels (batch x spatial size) and channels on a CUDA device, "
+           "got " +
            std::to_string(longest);
   if (g.groups * ((g.m + 63) / 64) * ((g.n + 63) / 64) >= kLimit / 64)
     return "conv1x1: input: too large for one CUDA grid: " + std::to_string(g.groups) + " groups of " +
            std::to_string(g.m) + " x " + std::to_string(g.n) + " outputs";
   if (built_for(device.arch) == 0)
     return "conv1x1: input: this GPU has compute capability " + std::to_string(device.arch / 10) + "." +
-           std::to_string(device.arch % 10) + ", but conv1x1_ext was built for " CONV1X1_CUDA_ARCHS
+           std::to_string(device.arch % 10) +
+           ", but conv1x1_ext was built for " CONV1X1_CUDA_ARCHS
            "; rebuild it with TORCH_CUDA_ARCH_LIST set to include it";
   return "";
 }

@@ -1,5 +1,5 @@
-// All inline PTX, and nothing else. tests/cuda_on_cpu/ has a CPU version of every function here, so that the kernels run
-// on a CPU from the same sources.
+// All inline PTX, and nothing else. tests/cuda_on_cpu/ has a CPU version of every function here, so that the kernels
+// run on a CPU from the same sources.
 #pragma once
 
 #ifdef CONV1X1_CUDA_ON_CPU
@@ -40,8 +40,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements. Lanes 8j to 8j+7 give the addresses of the rows (16 bytes, aligned) of matrix j;
-// lane l gets, in r[j], elements 2(l%4) and 2(l%4)+1 of row l/4; with `trans`, of the transposed matrix.
+// Four 8x8 matrices of 16-bit elements. Lanes 8j to 8j+7 give the addresses of the rows (16 bytes, aligned) of matrix
+// j; lane l gets, in r[j], elements 2(l%4) and 2(l%4)+1 of row l/4; with `trans`, of the transposed matrix.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -60,25 +60,22 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 // and 2t+1, d[2], d[3] those of row g+8. For 16-bit types k = 16: a[0] is row g, k 2t and 2t+1; a[1] row g+8; a[2] and
 // a[3] the same at k+8; b[0] is column g, k 2t and 2t+1; b[1] at k+8.
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                              __nv_bfloat16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The same for TF32 with k = 8, one element a register: a[0] is row g, k t; a[1] row g+8; a[2] and a[3] the same at k+4;
-// b[0] is column g, k t; b[1] at k+4. Reads the upper 19 bits of a float32: round_to_tf32 first.
+// The same for TF32 with k = 8, one element a register: a[0] is row g, k t; a[1] row g+8; a[2] and a[3] the same at
+// k+4; b[0] is column g, k t; b[1] at k+4. Reads the upper 19 bits of a float32: round_to_tf32 first.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

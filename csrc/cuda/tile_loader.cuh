@@ -2,13 +2,14 @@
 //
 // A tile is kBlock indices of m (or n) by kBlockKBytes of k, in 16-byte chunks along the contiguous index:
 //
-//   Major::kK   row = index of m, 64 bytes of k: two rows make a line of 128 bytes, chunk c of line l lies at c ^ (l % 8)
-//   Major::kMN  row = index of k, kBlock elements of m: chunk c of row r lies at c ^ s(r), s = r % 8 for 16-bit types and
+//   Major::kK   row = index of m, 64 bytes of k: two rows make a line of 128 bytes, chunk c of line l lies at c ^ (l %
+//   8) Major::kMN  row = index of k, kBlock elements of m: chunk c of row r lies at c ^ s(r), s = r % 8 for 16-bit
+//   types and
 //               2 (r % 4) for 32-bit ones
 //
-// so that neither the copies nor ldmatrix (or, for 32-bit kMN, plain loads) meet a bank twice. Where the tensor's strides
-// or alignment do not allow 16 bytes at once, a chunk is copied in pieces: the alignment tiers. Indices past the end
-// become zeros. Any strides are right; the tier only decides the speed.
+// so that neither the copies nor ldmatrix (or, for 32-bit kMN, plain loads) meet a bank twice. Where the tensor's
+// strides or alignment do not allow 16 bytes at once, a chunk is copied in pieces: the alignment tiers. Indices past
+// the end become zeros. Any strides are right; the tier only decides the speed.
 #pragma once
 
 #include "device.cuh"
@@ -48,6 +49,9 @@ struct TileLoader {
   // Offsets along m or n stay the same for all of k: computed once. In kMN tiles all of a thread's chunks share one.
   static constexpr int kOffsets = kAlongK ? kPerThread : 1;
 
+  // One offset along k a chunk, twice with a mask: at once they would take registers that there are not.
+  static constexpr int kUnroll = !kAlongK && kWithAux ? 1 : kPerThread;
+
   const GemmParams& params;
   const Operand& operand;
   const uint32_t mn0;
@@ -67,7 +71,8 @@ struct TileLoader {
   }
 
   // k in [k0, k_end) into the stage's tiles.
-  __device__ __forceinline__ void load(unsigned char* tile, unsigned char* aux_tile, uint32_t k0, uint32_t k_end) const {
+  __device__ __forceinline__ void load(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
+                                       uint32_t k_end) const {
     if (operand.chunk == kVector)
       load_chunks(tile, aux_tile, k0, k_end);
     else if (operand.chunk * kSize >= 4)
@@ -95,7 +100,7 @@ struct TileLoader {
                                               uint32_t k_end) const {
     Offsets along_k{0, 0};
     if (kAlongK && k0 + chunk() * kVector < k_end) along_k = operand.k.at(k0 + chunk() * kVector);
-#pragma unroll
+#pragma unroll(kUnroll)
     for (int i = 0; i < kPerThread; ++i) {
       const int at = Layout::offset(row(i), chunk());
       int valid;
@@ -122,14 +127,17 @@ struct TileLoader {
     Offsets from;
   };
 
-  // Pieces of operand.chunk elements, numbered along the tile's contiguous index, so that a warp's reads are neighbours.
+  // Pieces of operand.chunk elements, numbered along the tile's contiguous index, so that a warp's reads are
+  // neighbours.
   __device__ __forceinline__ Piece piece(int index, int count, uint32_t k0, uint32_t k_end) const {
     const int first = index * count, at_row = first / (Layout::kChunksPerRow * kVector);
     const int along = first % (Layout::kChunksPerRow * kVector);
     const uint32_t k = k0 + (kAlongK ? along : at_row), mn = mn0 + (kAlongK ? at_row : along);
     Piece p;
     p.at = Layout::offset(at_row, along / kVector) + along % kVector * kSize;
-    p.valid = (kAlongK ? mn < operand.mn_count : k < k_end) ? (kAlongK ? left(k_end, k, count) : left(operand.mn_count, mn, count)) : 0;
+    p.valid = (kAlongK ? mn < operand.mn_count : k < k_end)
+                  ? (kAlongK ? left(k_end, k, count) : left(operand.mn_count, mn, count))
+                  : 0;
     p.from = Offsets{0, 0};
     if (p.valid > 0) {
       const Offsets a = operand.mn.at(mn), b = operand.k.at(k);

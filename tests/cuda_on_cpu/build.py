@@ -91,6 +91,6 @@ def sanitizer_environment() -> dict[str, str]:
 def build_kernels(sanitize: bool = False) -> Path:
     """The library's CUDA kernels, their plans and launchers, and entry.cpp, for the CPU."""
     cuda = CSRC / "cuda"
-    torch_free = [f for f in cuda.glob("*.cpp") if f.name != "conv1x1_cuda.cpp"]
+    torch_free = [f for f in cuda.glob("*.cpp") if f.name not in ("conv1x1_cuda.cpp", "no_cuda.cpp")]
     sources = [HERE / "entry.cpp", CSRC / "lower.cpp", *sorted([*cuda.glob("*.cu"), *torch_free])]
     return build("conv1x1_cuda", sources, [f'-DCONV1X1_CUDA_ARCHS="{ARCHITECTURES}"'], sanitize)
