@@ -2,7 +2,7 @@
 
 Each architecture's kernels are compiled with nvcc into a temporary folder, without torch. By default those of
 DEFAULT_ARCHS; CONV1X1_TEST_ARCHS="80 86 89" chooses others, "all" takes every one that is supported (about a minute and
-a half of one core each). SASS needs cuobjdump: pip install 'conv1x1_ext[cuda-test]'. Instructions are judged inside the
+a half of one core each). SASS needs cuobjdump: pip install 'conv1x1_ext[test]'. Instructions are judged inside the
 main loop, the innermost loops that multiply: what is saved around it, as for the call of the epilogue, costs nothing.
 """
 
@@ -250,7 +250,7 @@ def test_kernels(nvcc, arch, tmp_path):
                 problems += problems_of_instructions(arch, names[mangled], instructions)
     assert not problems, "\n".join(problems)
     if cuobjdump is None:
-        pytest.skip("registers are right; SASS was not read: no cuobjdump (pip install 'conv1x1_ext[cuda-test]')")
+        pytest.skip("registers are right; SASS was not read: no cuobjdump (pip install 'conv1x1_ext[test]')")
 
 
 def test_shared_memory_of_every_configuration(nvcc, tmp_path):
