@@ -179,7 +179,7 @@ def compile_arch(nvcc, arch, folder):
     return {name: k for kernels, _ in results for name, k in kernels.items()}, [cubin for _, cubin in results]
 
 
-# ptxas for sm_100 has no room for two blocks of these, the largest tiles with a mask and rows of m or n: a few registers
+# ptxas for sm_100 has no room for two blocks of these, the largest tiles with a mask and rows of m or n: some registers
 # of the main loop spill. One block instead would cost more.
 CROWDED = re.compile(r"MmaConfig<\w+, 128, 128, 64, 3, \S+1, \S+1, ")
 CROWDED_BYTES = 64
