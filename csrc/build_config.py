@@ -13,7 +13,8 @@ CXX_FLAGS += ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 
 # Torch-free: what the microkernel table is built from.
-KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name in ("portable", "avx2", "avx512"))]
+KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
+KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name in KERNELS)]
 LIBRARY_SOURCES = [
     "ops.cpp",
     "checks.cpp",

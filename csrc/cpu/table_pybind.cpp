@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <limits>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "plan.h"
@@ -34,6 +36,8 @@ std::vector<py::dict> list() {
     d["name"] = k.name;
     d["isa"] = k.isa;
     d["dtype"] = conv1x1::dtype_name(k.dtype);
+    d["operand"] = conv1x1::dtype_name(k.operand);
+    d["kr"] = k.kr;
     d["mr"] = k.mr;
     d["nr"] = k.nr;
     d["vector"] = k.vector;
@@ -54,9 +58,13 @@ struct Call {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place.
-template <class T>
-Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const Array<T>& b, Array<T>& out, int64_t n) {
+// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P: an element of a panel,
+// two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those.
+template <class T, class P>
+Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n) {
+  const bool pairs = std::is_same<P, uint32_t>::value;
+  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs)
+    throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
   Call<T> call;
   const int64_t m = a.shape(rows ? 0 : 1), k = a.shape(rows ? 1 : 0);
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n || out.shape(0) < m ||
@@ -66,7 +74,7 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const A
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
   for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
-  call.args.chain = 64;  // as the library plans it for most layers
+  call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
   call.args.n = n;
   call.args.a = a.data();
@@ -78,12 +86,11 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const A
   return call;
 }
 
-template <class T>
-void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int64_t n, py::object c_in,
+template <class T, class P>
+void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue) {
   const Microkernel& kernel = find(name);
-  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8)) throw std::invalid_argument("dtype");
-  Call<T> call = prepare<T>(kernel, rows, a, b, out, n);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
@@ -105,10 +112,10 @@ void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> ou
 }
 
 // Best GFLOP/s of `rounds` rounds of `calls` whole tiles of one microkernel, operands in cache.
-template <class T>
-double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int rounds, int calls) {
+template <class T, class P>
+double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int rounds, int calls) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T>(kernel, rows, a, b, out, kernel.nr);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, kernel.nr);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
@@ -117,7 +124,8 @@ double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Arr
     const auto begin = std::chrono::steady_clock::now();
     for (int c = 0; c < calls; ++c) call.fn(call.args);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    const double rate = 2.0 * static_cast<double>(call.args.k) * kernel.mr * kernel.nr * calls / seconds / 1e9;
+    const double rate =
+        2.0 * static_cast<double>(call.args.k * kernel.kr) * kernel.mr * kernel.nr * calls / seconds / 1e9;
     if (rate > best) best = rate;
   }
   return best;
@@ -129,14 +137,38 @@ void activate(const std::string& name, Array<T> tile, int activation) {
                       static_cast<conv1x1::Activation>(activation));
 }
 
-template <class T>
-void define(py::module_& m) {
-  m.def("run", &run<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+// As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
+void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
+                Array<uint16_t> residual, int64_t n) {
+  const Microkernel& kernel = find(name);
+  std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
+  Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
+  Call<float> call = prepare<float, uint32_t>(kernel, true, a, b, shape, n);
+  call.args.a_rows = call.rows.data();
+  call.args.partial = call.partial.data();
+  call.args.c_out = out.mutable_data();
+  call.epilogue.residual = residual.data();
+  call.epilogue.ld_residual = residual.shape(1);
+  call.epilogue.lower = -std::numeric_limits<double>::infinity();
+  call.epilogue.upper = std::numeric_limits<double>::infinity();
+  call.epilogue.store = conv1x1::Store::kBFloat16;
+  call.args.epilogue = &call.epilogue;
+  call.fn(call.args);
+}
+
+template <class T, class P>
+void define_runs(py::module_& m) {
+  m.def("run", &run<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
         py::arg("upper") = 0.0, py::arg("with_epilogue") = false);
-  m.def("time", &time_tile<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+  m.def("time", &time_tile<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"));
+}
+
+template <class T>
+void define(py::module_& m) {
+  define_runs<T, T>(m);
   m.def("activate", &activate<T>, py::arg("name"), py::arg("tile").noconvert(), py::arg("activation"));
 }
 
@@ -147,4 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("list", &list);
   define<float>(m);
   define<double>(m);
+  define_runs<float, uint32_t>(m);
+  m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"));
 }
