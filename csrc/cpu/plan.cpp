@@ -153,6 +153,14 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
 }
 
+// A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
+// back from L3 or memory, and no other thread waits for them.
+void pack_where_used(const GemmProblem& p, Plan& plan) {
+  if (plan.b == Operand::kPackOnce && !plan.prepacked && plan.part_m == 1 && plan.block_m >= plan.m.count() &&
+      plan.k_step == p.k)
+    plan.b = Operand::kPackBlock;
+}
+
 // No share of a thread is larger than the largest one.
 void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   const auto largest = [](const Tiling& t, int parts, bool whole_segments) {
@@ -234,6 +242,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
+  pack_where_used(p, plan);
   fit_blocks_to_shares(p, plan);
   size_workspace(p, plan, element);
   return plan;
