@@ -25,7 +25,7 @@ LIBRARY_SOURCES = [
     "cpu/driver.cpp",
     *KERNEL_SOURCES,
 ]
-TABLE_SOURCES = ["cpu/table_pybind.cpp", *KERNEL_SOURCES]
+TABLE_SOURCES = ["cpu/table_pybind.cpp", "lower.cpp", "cpu/plan.cpp", "cpu/driver.cpp", *KERNEL_SOURCES]
 
 # The stable ABI of torch 2.10: one library for 2.10 and later, and no Python symbol, so for any Python.
 TORCH_TARGET = "0x020a000000000000"

@@ -1,12 +1,14 @@
-// The microkernel table for tests and microbenchmarks: NumPy arrays in, no torch. Built by bench/microkernel_table.py
-// with torch.utils.cpp_extension.load, from the same sources and flags as the library, which itself keeps no Python
-// symbol.
+// The microkernel table, and the driver with panels made beforehand, for tests and microbenchmarks: NumPy arrays in, no
+// torch. Built by bench/microkernel_table.py with torch.utils.cpp_extension.load, from the same sources and flags as
+// the library, which itself keeps no Python symbol.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
@@ -156,6 +158,53 @@ void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, A
   call.fn(call.args);
 }
 
+// Forward or dgrad of one image by the driver, with panels of the weight made beforehand; without, where `beforehand`
+// is false. in, out: (pixels, channels) if channels_last else (channels, pixels); w: (c_out, c_in). S: float, double,
+// or the bits of a half type. Returns the panels' bytes, zero where this weight is read in place.
+template <class S>
+int64_t with_packed_weight(const std::string& dtype, Array<S> in, Array<S> w, Array<S> out, bool channels_last,
+                           bool dgrad, int threads, bool beforehand) {
+  std::string error;
+  const conv1x1::KernelSet* kernels = conv1x1::selected_kernels(&error);
+  if (kernels == nullptr) throw std::invalid_argument(error);
+  conv1x1::Conv1x1Problem p;
+  for (int t = 0; t < 4; ++t)
+    if (dtype == conv1x1::dtype_name(static_cast<conv1x1::DType>(t))) p.dtype = static_cast<conv1x1::DType>(t);
+  p.batch = 1;
+  p.c_out = w.shape(0);
+  p.c_in = w.shape(1);
+  p.in_size[2] = p.out_size[2] = in.shape(channels_last ? 0 : 1);
+  const auto view = [&](Array<S>& array) {
+    conv1x1::ActivationView v;
+    v.data = array.mutable_data();
+    v.stride[1] = channels_last ? 1 : array.shape(1);
+    v.stride[4] = channels_last ? array.shape(1) : 1;
+    return v;
+  };
+  p.w = {w.mutable_data(), p.c_in, 1};
+  (dgrad ? p.dy : p.x) = view(in);
+  (dgrad ? p.dx : p.y) = view(out);
+  conv1x1::GemmProblem g = dgrad ? conv1x1::lower_dgrad(p) : conv1x1::lower_fprop(p);
+  const int64_t bytes = conv1x1::packed_weight_bytes(g, *kernels);
+  void* panels = nullptr;
+  if (beforehand && bytes > 0) {
+    if (posix_memalign(&panels, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    conv1x1::pack_weight(g, *kernels, panels);
+    g.packed_weight = panels;
+  }
+  const conv1x1::Status status = conv1x1::run_gemm(g, conv1x1::make_plan(g, threads, *kernels));
+  std::free(panels);
+  if (status != conv1x1::kOk) throw std::bad_alloc();
+  return bytes;
+}
+
+template <class S>
+void define_packed(py::module_& m) {
+  m.def("with_packed_weight", &with_packed_weight<S>, py::arg("dtype"), py::arg("input").noconvert(),
+        py::arg("weight").noconvert(), py::arg("out").noconvert(), py::arg("channels_last"), py::arg("dgrad"),
+        py::arg("threads"), py::arg("beforehand"));
+}
+
 template <class T, class P>
 void define_runs(py::module_& m) {
   m.def("run", &run<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
@@ -180,6 +229,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define<float>(m);
   define<double>(m);
   define_runs<float, uint32_t>(m);
+  define_packed<float>(m);
+  define_packed<double>(m);
+  define_packed<uint16_t>(m);
   m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"));
 }
