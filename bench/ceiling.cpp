@@ -5,6 +5,9 @@
 //
 // A new kind of arithmetic (AMX, say) is a loop and a line in kRates.
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -43,12 +46,36 @@ CONV1X1_RATE_LOOP(avx2_float32, __attribute__((target("avx2,fma"))), float, 32, 
 CONV1X1_RATE_LOOP(avx2_float64, __attribute__((target("avx2,fma"))), double, 32, 12)
 CONV1X1_RATE_LOOP(avx512_float32, __attribute__((target("avx512f"))), float, 64, 24)
 CONV1X1_RATE_LOOP(avx512_float64, __attribute__((target("avx512f"))), double, 64, 24)
+
+// As above with pairs of bfloat16: acc += 0 * 1 + 0 * 1, four operations a lane.
+__attribute__((target("avx512f,avx512bf16"))) double avx512_bfloat16(long steps, void* sink) {
+  constexpr int kChains = 24;
+  __m512 chain[kChains];
+  __m512i zero = _mm512_setzero_si512(), one = _mm512_set1_epi16(0x3f80);
+  CONV1X1_KEEP(zero);
+  CONV1X1_KEEP(one);
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(static_cast<float>(i));
+  for (long s = 0; s < steps; ++s) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) {
+      chain[i] = _mm512_dpbf16_ps(chain[i], (__m512bh)zero, (__m512bh)one);
+      CONV1X1_KEEP(chain[i]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 1; i < kChains; ++i) chain[0] += chain[i];
+  std::memcpy(sink, &chain[0], sizeof chain[0]);
+  return 4.0 * static_cast<double>(steps) * kChains * 16;
+}
+
 bool always() { return true; }
 bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 #define CONV1X1_KEEP(v) asm volatile("" : "+w"(v))
 CONV1X1_RATE_LOOP(base_float32, , float, 16, 24)
@@ -65,9 +92,13 @@ struct Rate {
 
 constexpr Rate kRates[] = {
 #if defined(__x86_64__)
-    {"scalar", "float32", always, sse2_float32},       {"scalar", "float64", always, sse2_float64},
-    {"avx2", "float32", has_avx2, avx2_float32},       {"avx2", "float64", has_avx2, avx2_float64},
-    {"avx512", "float32", has_avx512, avx512_float32}, {"avx512", "float64", has_avx512, avx512_float64},
+    {"scalar", "float32", always, sse2_float32},
+    {"scalar", "float64", always, sse2_float64},
+    {"avx2", "float32", has_avx2, avx2_float32},
+    {"avx2", "float64", has_avx2, avx2_float64},
+    {"avx512", "float32", has_avx512, avx512_float32},
+    {"avx512", "float64", has_avx512, avx512_float64},
+    {"avx512_bf16", "bfloat16", has_avx512_bf16, avx512_bfloat16},
 #else
     {"scalar", "float32", always, base_float32},
     {"scalar", "float64", always, base_float64},

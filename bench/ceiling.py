@@ -40,15 +40,20 @@ def _library() -> tuple[Any, dict[tuple[str, str], int]]:
     return lib, rates
 
 
+def arithmetic(dtype: str) -> str:
+    """What ``dtype`` is multiplied in on this CPU: itself, or float32 where half types have no loop of their own."""
+    return dtype if any(d == dtype for _, d in _library()[1]) else "float32"
+
+
 def isas(dtype: str) -> list[str]:
     """Instruction sets with a multiply-add loop for ``dtype`` on this CPU, weakest first."""
-    return [isa for isa, d in _library()[1] if d == dtype]
+    return [isa for isa, d in _library()[1] if d == arithmetic(dtype)]
 
 
 def fma_gflops(isa: str, dtype: str, threads: int, seconds: float = 0.003) -> float:
     """One sample: GFLOP/s of ``threads`` threads together."""
     lib, rates = _library()
-    return float(lib.ceiling_gflops(rates[isa, dtype], threads, seconds))
+    return float(lib.ceiling_gflops(rates[isa, arithmetic(dtype)], threads, seconds))
 
 
 @functools.cache

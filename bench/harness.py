@@ -28,7 +28,9 @@ import torch
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 NETS = ("seed", "resnet50", "mobilenet_v2", "squeezenet", "googlenet", "nin")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
 SAMPLE_SECONDS, WARM_SECONDS = 0.003, 0.0005
 
 

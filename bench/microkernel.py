@@ -19,6 +19,7 @@ if not __package__:  # python bench/microkernel.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,6 +29,12 @@ from bench.harness import describe_run, settle
 from bench.microkernel_table import load_table
 
 SAMPLE_SECONDS = 0.002
+
+
+def pairs(x: Any) -> Any:
+    """(k, n) bfloat16 values as (k / 2, n) uint32, the first of two in the low half."""
+    bits = np.ascontiguousarray(x).view(np.uint32) >> 16
+    return np.ascontiguousarray(bits[0::2] | bits[1::2] << 16)
 
 
 def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]:
@@ -41,7 +48,11 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
     b = generator.standard_normal((k, kernel["nr"])).astype(kernel["dtype"])
     c = np.zeros((kernel["mr"], kernel["nr"]), kernel["dtype"])
     expected = a.astype(np.float64) @ b.astype(np.float64)
-    a = a if rows else np.ascontiguousarray(a.T)
+    if kernel["kr"] == 2:  # bfloat16 in pairs along k
+        a, b = (torch.from_numpy(x).bfloat16().float().numpy() for x in (a, b))
+        expected = a.astype(np.float64) @ b.astype(np.float64)
+        a, b = (pairs(a.T).T, pairs(b))
+    a = np.ascontiguousarray(a if rows else a.T)
     load_table().run(kernel["name"], rows, a, b, c, kernel["nr"])
     error = np.linalg.norm(c - expected) / np.linalg.norm(expected)
     if not error < k * np.finfo(kernel["dtype"]).eps:
@@ -59,7 +70,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
     for kernel, rows, k, (a, b, c) in cases:
         gflops = table.time(kernel["name"], rows, a, b, c, 3, 200)
         calls.append(max(1, int(SAMPLE_SECONDS * gflops * 1e9 / (2 * k * kernel["mr"] * kernel["nr"]))))
-    kinds = list(dict.fromkeys((kernel["isa"], kernel["dtype"]) for kernel, *_ in cases))
+    kinds = list(dict.fromkeys((kernel["isa"], kernel["operand"]) for kernel, *_ in cases))
     samples: list[list[float]] = [[] for _ in cases]
     peaks: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     settle()
@@ -70,12 +81,12 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
             own.append(table.time(kernel["name"], rows, a, b, c, 1, count))
     results = []
     for own, (kernel, rows, k, _) in zip(samples, cases, strict=True):
-        peak = peaks[kernel["isa"], kernel["dtype"]]
+        peak = peaks[kernel["isa"], kernel["operand"]]
         results.append(
             {
                 "kernel": kernel["name"],
                 "isa": kernel["isa"],
-                "dtype": kernel["dtype"],
+                "dtype": kernel["operand"],
                 "access": "rows" if rows else "cols",
                 "k": k,
                 "gflops": {"median": round(statistics.median(own), 2), "best": round(max(own), 2)},

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 QUICK_SECONDS = 75.0  # for the rounds of --quick: a busy machine gets fewer rounds, at least 3
-BOUNDS = {"float32": 1e-5, "float64": 1e-13}
+BOUNDS = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 1e-2, "float16": 2e-3}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -90,7 +90,8 @@ def title(data: dict[str, Any]) -> str:
     copy = data["ceilings"]["copy_gbs"][str(threads)]["median"]
     fma = []
     for dtype in data["arguments"]["dtype"]:
-        rates = data["ceilings"]["fma_gflops"][dtype]
+        measured = data["ceilings"]["fma_gflops"]
+        rates = measured.get(dtype, measured["float32"])
         isa, rate = max(((i, r[str(threads)]["median"]) for i, r in rates.items()), key=lambda x: x[1])
         fma.append(f"{dtype} FMA {rate:.0f} GFLOP/s ({isa})")
     return (

@@ -23,7 +23,8 @@ CXX_FLAGS += ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 
 # Torch-free: what the microkernel table is built from.
-KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name in ("portable", "avx2", "avx512"))]
+KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
+KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name in KERNELS)]
 LIBRARY_SOURCES = [
     "ops.cpp",
     "checks.cpp",
@@ -36,7 +37,6 @@ LIBRARY_SOURCES = [
     "cpu/driver.cpp",
     *KERNEL_SOURCES,
 ]
-TABLE_SOURCES = ["cpu/table_pybind.cpp", *KERNEL_SOURCES]
 NO_CUDA_SOURCES = ["cuda/no_cuda.cpp"]
 CUDA_SOURCES = [
     "cuda/conv1x1_cuda.cpp",
@@ -46,6 +46,7 @@ CUDA_SOURCES = [
     "cuda/gemm_simt.cu",
     *(f"cuda/gemm_mma_{dtype}.cu" for dtype in ("tf32", "float16", "bfloat16")),
 ]
+TABLE_SOURCES = ["cpu/table_pybind.cpp", "lower.cpp", "cpu/plan.cpp", "cpu/driver.cpp", *KERNEL_SOURCES]
 
 # The stable ABI of torch 2.10: one library for 2.10 and later, and no Python symbol, so for any Python.
 TORCH_TARGET = "0x020a000000000000"

@@ -80,6 +80,10 @@ struct GemmProblem {
   double* pool = nullptr;
   bool pool_along_n = false;
 
+  // The weight's panels, made by pack_weight() (cpu/plan.h) of the same weight, for a forward or dgrad of the same
+  // activation layout; null: packed, where need be, at every call.
+  const void* packed_weight = nullptr;
+
   bool split_k = false;  // k is the long one (wgrad): cut it into slices that depend on the shape alone
   bool narrow = false;   // few channels on one side of the weight: shorter chains along k
 };

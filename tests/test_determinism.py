@@ -204,16 +204,16 @@ def test_concurrent_python_threads(layout):
     assert all(all(r) for r in in_threads(4, body))
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     code = """
 import torch, test_determinism as t
-for dtype in (torch.float32, torch.float64):
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for layout in ("contiguous", "channels_last"):
         for case in t.CASES[:5]:
             t.test_any_thread_count(case, layout, dtype)
             t.test_a_sample_alone_or_in_a_batch(case, layout, dtype)
 """
-    if isa not in {name.split("_")[-1] for name in conv1x1_ext.build_info()["microkernels"].split(", ")} | {"scalar"}:
+    if isa not in {n.split("_", 2)[2] for n in conv1x1_ext.build_info()["microkernels"].split(", ")} | {"scalar"}:
         pytest.skip(f"this CPU does not run {isa}")
     expect_ok(run_python(code, CONV1X1_ISA=isa))

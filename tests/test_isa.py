@@ -32,19 +32,23 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def isa_of(microkernel):
+    """bfloat16_8x48_avx512_bf16 -> avx512_bf16"""
+    return microkernel.split("_", 2)[2].replace("portable", "scalar")
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_each_instruction_set(isa):
-    kernels = conv1x1_ext.build_info()["microkernels"]
-    if isa != "scalar" and isa not in kernels:
+    if isa not in map(isa_of, conv1x1_ext.build_info()["microkernels"].split(", ")):
         pytest.skip(f"this CPU does not run {isa}")
     code = COMPACT.format(isa=isa, seed=torch.initial_seed() % (1 << 31))
     assert "ok" in expect_ok(run_python(code, CONV1X1_ISA=isa))
 
 
 def test_default_is_the_best_one():
-    best = conv1x1_ext.build_info()["microkernels"].split(", ")[-1].split("_")[-1]
+    best = isa_of(conv1x1_ext.build_info()["microkernels"].split(", ")[-1])
     code = 'import conv1x1_ext; print(conv1x1_ext.build_info()["isa"])'
-    assert expect_ok(run_python(code, CONV1X1_ISA="")).strip() == {"portable": "scalar"}.get(best, best)
+    assert expect_ok(run_python(code, CONV1X1_ISA="")).strip() == best
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2"])
@@ -65,7 +69,7 @@ for f in (*functions, lambda x, w: conv1x1_ext.build_info()):
     assert len(lines) == 4 and len(set(lines)) == 1
     assert lines[0].startswith("CONV1X1_ISA: expected one of scalar") and lines[0].endswith(f"got '{name}'")
     for kernel in conv1x1_ext.build_info()["microkernels"].split(", "):
-        assert kernel.split("_")[-1].replace("portable", "scalar") in lines[0]
+        assert isa_of(kernel) in lines[0]
 
 
 def test_build_info():

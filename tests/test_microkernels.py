@@ -8,16 +8,16 @@ import torch
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
-ISAS = ("scalar", "avx2", "avx512")
-DTYPES = ("float32", "float64")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+KERNELS = [(isa, dtype) for isa in ISAS[:3] for dtype in ("float32", "float64")] + [("avx512_bf16", "bfloat16")]
 CANARY = 12345.678
 ACTIVATION = {"silu": 3, "hardswish": 4, "gelu": 5}
 
 
-@pytest.fixture(params=[(isa, dtype) for isa in ISAS for dtype in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(params=KERNELS, ids=lambda p: f"{p[0]}-{p[1]}")
 def kernel(request, table):
-    isa, dtype = request.param
-    found = [k for k in table.list() if k["isa"] == isa and k["dtype"] == dtype]
+    isa, operand = request.param
+    found = [k for k in table.list() if k["isa"] == isa and k["operand"] == operand]
     if not found:
         pytest.skip(f"this CPU does not run {isa}")
     assert len(found) == 1
@@ -33,24 +33,45 @@ def random(rng, shape, kernel):
     return rng.standard_normal(shape).astype(kernel["dtype"])
 
 
+def rounded(x, kernel):
+    """x as an operand in memory holds it."""
+    return x if kernel["operand"] != "bfloat16" else bfloat16_bits(x).astype(np.uint32).__lshift__(16).view(np.float32)
+
+
+def bfloat16_bits(x):
+    return torch.from_numpy(np.array(x)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def in_pairs(x, axis):
+    """bfloat16 along k as pairs, the first in the low half; an odd last one followed by zero."""
+    bits = np.moveaxis(bfloat16_bits(x).astype(np.uint32), axis, 0)
+    if len(bits) % 2:
+        bits = np.concatenate([bits, np.zeros_like(bits[:1])])
+    return np.ascontiguousarray(np.moveaxis(bits[0::2] | bits[1::2] << 16, 0, axis))
+
+
 class Tile:
     """Operands of one call, and a poisoned output that is larger than the tile."""
 
     def __init__(self, rng, kernel, rows, m, n, k):
         self.kernel, self.rows, self.m, self.n, self.k = kernel, rows, m, n, k
-        self.a = random(rng, (m, k), kernel)
+        self.a = rounded(random(rng, (m, k), kernel), kernel)
         vectors = -(-n // kernel["vector"]) * kernel["vector"]
-        self.b = random(rng, (k, vectors + 3), kernel)
+        self.b = rounded(random(rng, (k, vectors + 3), kernel), kernel)
         self.b[:, n:] = np.nan  # reading it is allowed only where the result is thrown away
         self.out = np.full((m + 2, n + 19), CANARY, kernel["dtype"])
 
     def run(self, table, **epilogue):
-        a = self.a if self.rows else np.ascontiguousarray(self.a.T)
-        table.run(self.kernel["name"], self.rows, a, self.b, self.out, self.n, **epilogue)
+        a, b = self.operands()
+        table.run(self.kernel["name"], self.rows, a, b, self.out, self.n, **epilogue)
         outside = self.out.copy()
         outside[: self.m, : self.n] = CANARY
         assert (outside == self.out.dtype.type(CANARY)).all(), "written outside the tile"
         return self.out[: self.m, : self.n]
+
+    def operands(self):
+        a, b = self.a if self.rows else np.ascontiguousarray(self.a.T), self.b
+        return (a, b) if self.kernel["kr"] == 1 else (in_pairs(a, 1 if self.rows else 0), in_pairs(b, 0))
 
     def reference(self):
         """The exact sum, and the bound on a chain of k multiply-adds."""
@@ -108,7 +129,7 @@ def test_clamps(table, kernel, rng, lower, upper):
     for m, n in ((1, 1), (kernel["mr"], kernel["nr"]), (2, kernel["nr"] - 3), (kernel["mr"], kernel["vector"] + 1)):
         tile = Tile(rng, kernel, True, m, n, 1)
         tile.a[:] = 1
-        tile.b[:, :n] = np.linspace(-9, 9, n)
+        tile.b[:, :n] = rounded(np.linspace(-9, 9, n, dtype=kernel["dtype"]), kernel)
         actual = tile.run(table, lower=lower, upper=upper, with_epilogue=True)
         expected = np.clip(tile.b[:, :n], lower, upper).astype(kernel["dtype"])
         assert (actual == np.broadcast_to(expected, (m, n))).all()
@@ -144,6 +165,27 @@ def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
     first.a, first.b = np.ascontiguousarray(tile.a[:, :6]), tile.b[:6]
     second.a, second.b = np.ascontiguousarray(tile.a[:, 6:]), tile.b[6:]
     check(second.run(table, c_in=np.ascontiguousarray(first.run(table))), exact, bound)
+
+
+def test_bfloat16_is_stored_from_the_accumulators(table, rng):
+    """Rounded to nearest even, residual added before; every tail, nothing touched outside, NaN and infinity kept."""
+    found = [k for k in table.list() if k["kr"] == 2]
+    if not found:
+        pytest.skip("this CPU multiplies no bfloat16")
+    (kernel,) = found
+    for n in range(1, kernel["nr"] + 1):
+        tile = Tile(rng, kernel, True, 1 + n % kernel["mr"], n, 6)
+        residual = rng.standard_normal((tile.m, n + 5)).astype(np.float32)
+        residual[0, n - 1] = (math.nan, math.inf, -math.inf)[n % 3]
+        bits = bfloat16_bits(residual)
+        out = np.full((tile.m + 2, n + 19), 0x1234, np.uint16)
+        table.store_half(kernel["name"], *tile.operands(), out, bits, n)
+        whole = tile.run(table, lower=-math.inf, upper=math.inf, with_epilogue=True)
+        total = torch.from_numpy(whole + rounded(residual, kernel)[:, :n]).bfloat16()
+        actual = torch.from_numpy(out[: tile.m, :n].view(np.int16).copy()).view(torch.bfloat16)
+        torch.testing.assert_close(actual, total, rtol=0, atol=0, equal_nan=True)
+        out[: tile.m, :n] = 0x1234
+        assert (out == 0x1234).all(), "written outside the tile"
 
 
 def activation_reference(name, x):
@@ -193,12 +235,13 @@ def test_activation_tails(table, kernel, rng):
 
 
 def test_the_table_is_complete(table):
-    """Best last, one float32 and one float64 kernel for each instruction set, names that say what they are."""
+    """Best last, names that say what they are: operands, tile, instruction set."""
     kernels = table.list()
     isas = [k["isa"] for k in kernels]
     assert isas == sorted(isas, key=ISAS.index) and isas[:2] == ["scalar", "scalar"]
     for k in kernels:
-        assert k["nr"] % k["vector"] == 0 and k["name"].startswith(f"{k['dtype']}_{k['mr']}x{k['nr']}_")
+        assert k["nr"] % k["vector"] == 0 and k["name"].startswith(f"{k['operand']}_{k['mr']}x{k['nr']}_")
+        assert (k["kr"] == 2) == (k["operand"] == "bfloat16")
     assert len({k["name"] for k in kernels}) == len(kernels)
 
 
@@ -208,3 +251,5 @@ def test_unknown_names_and_shapes_are_refused(table):
         table.run("nonsense", True, a, b, out, 1)
     with pytest.raises(ValueError, match="shapes do not fit"):
         table.run(table.list()[0]["name"], True, a, b, out, 2)
+    with pytest.raises(ValueError, match="dtypes are not the microkernel's"):
+        table.run(table.list()[1]["name"], True, a, b, out, 1)

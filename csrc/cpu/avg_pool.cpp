@@ -104,10 +104,10 @@ void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t fir
     for (int64_t c = 0; c < width; c += kWidth) {
       const int64_t n = std::min(kWidth, width - c);
       void* row = at(p, z, r * width + c);
-      kernel.pack_r_major[storage](value, kWidth, row, nullptr, line(1, 0), 0, 1, line(n, 1), 0, n, Mask::kNone);
+      kernel.gather[storage](value, kWidth, row, nullptr, line(1, 0), 0, 1, line(n, 1), 0, n, Mask::kNone);
       void* dy = at(p, p.dy.data, image * p.dy.stride[0] + (channel + (channels_last ? c : 0)) * p.dy.stride[1]);
       const Axis along = line(n, channels_last ? p.dy.stride[1] : 0);
-      kernel.pack_r_major[storage](grad, kWidth, dy, nullptr, line(1, 0), 0, 1, along, 0, n, Mask::kNone);
+      kernel.gather[storage](grad, kWidth, dy, nullptr, line(1, 0), 0, 1, along, 0, n, Mask::kNone);
       for (int64_t j = 0; j < n; ++j) value[j] = derivative(p.activation, value[j]) * grad[j] * scale;
       kernel.unpack[storage](row, line(1, 0), 0, 1, line(n, 1), 0, n, value, kWidth);
     }
@@ -211,8 +211,8 @@ void mask_grad(const Conv1x1Problem& p, const ActivationView& dz, int threads, c
     const int64_t r = b * kRows, nr = std::min(kRows, rows - r);
     for (int64_t c = 0; c < cols; c += kCols) {
       const int64_t nc = std::min(kCols, cols - c);
-      kernel.pack_r_major[storage](staged, kCols, copy.from.data, copy.from.aux, copy.from.row, r, nr, copy.from.col, c,
-                                   nc, mask);
+      kernel.gather[storage](staged, kCols, copy.from.data, copy.from.aux, copy.from.row, r, nr, copy.from.col, c, nc,
+                             mask);
       kernel.unpack[storage](copy.to.data, copy.to.row, r, nr, copy.to.col, c, nc, staged, kCols);
     }
   }

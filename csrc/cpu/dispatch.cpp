@@ -1,4 +1,8 @@
 // Which microkernels exist and which one runs: the ordered table, the CPU's features, and CONV1X1_ISA.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -14,6 +18,7 @@ Microkernel make_avx2_float32();
 Microkernel make_avx2_float64();
 Microkernel make_avx512_float32();
 Microkernel make_avx512_float64();
+Microkernel make_avx512_bf16_bfloat16();
 #endif
 
 namespace {
@@ -21,9 +26,9 @@ namespace {
 // Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
 // that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
 struct Table {
-  Microkernel kernels[6];
-  const Microkernel* pointers[6];
-  KernelSet sets[3];
+  Microkernel kernels[7];
+  const Microkernel* pointers[7];
+  KernelSet sets[4];
   size_t count = 0, set_count = 0;
 
   Table() {
@@ -31,17 +36,25 @@ struct Table {
 #if defined(__x86_64__)
     add("avx2", make_avx2_float32, make_avx2_float64);
     add("avx512", make_avx512_float32, make_avx512_float64);
+    if (isa_supported("avx512_bf16")) {
+      KernelSet set = sets[set_count - 1];  // avx512's
+      set.isa = "avx512_bf16";
+      set.bfloat16 = add(make_avx512_bf16_bfloat16);
+      sets[set_count++] = set;
+    }
 #endif
   }
 
-  void add(const char* isa, Microkernel (*float32)(), Microkernel (*float64)()) {
+  const Microkernel* add(Microkernel (*make)()) {
+    kernels[count] = make();
+    pointers[count] = &kernels[count];
+    return pointers[count++];
+  }
+
+  void add(const char* isa, Microkernel (*make_float32)(), Microkernel (*make_float64)()) {
     if (!isa_supported(isa)) return;
-    for (auto make : {float32, float64}) {
-      kernels[count] = make();
-      pointers[count] = &kernels[count];
-      ++count;
-    }
-    sets[set_count++] = {isa, pointers[count - 2], pointers[count - 1]};
+    const Microkernel *float32 = add(make_float32), *float64 = add(make_float64);
+    sets[set_count++] = {isa, float32, float64, float32};
   }
 };
 
@@ -50,17 +63,25 @@ const Table& table() {
   return t;
 }
 
+#if defined(__x86_64__)
+bool has_f16c() {  // no name for it in __builtin_cpu_supports of every compiler; it comes with AVX's registers
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 }  // namespace
 
 bool isa_supported(const std::string& isa) {
   if (isa == "scalar") return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // its answers include what the operating system saves
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (isa == "avx2") return avx2;
-  if (isa == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (isa == "avx512") return avx512;
+  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return false;
 }

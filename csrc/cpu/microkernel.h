@@ -12,6 +12,12 @@
 //          k=0  b00 b01 b02 .. b0(NR-1)             a packed panel is this with ldb = the tile's whole vectors,
 //          k=1  b10 b11 b12 ..                      columns past n filled with zeros
 //
+// A step is KR consecutive k, and what stands above for one element of A or B is KR of them, lowest k first: with KR =
+// 2
+//
+//   step 0  (b00 b10) (b01 b11) (b02 b12) ..    and an odd last k is followed by zero, in A and in B. `k`, `chain`, lda
+//   step 1  (b20 b30) (b21 b31) ..              and ldb count such elements; of rows in memory they are what is there.
+//
 // Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
 // Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
 #pragma once
@@ -28,6 +34,9 @@ constexpr int kMaxMr = 8, kMaxNv = 3, kMaxNr = 48;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
+// The dtype of C and of the residual under an epilogue: the accumulators', or a half type where `stores_half`.
+enum class Store : int { kAsIs, kBFloat16, kFloat16 };
+
 // min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
 struct Epilogue {
   const void* bias_m = nullptr;  // one per row of the tile
@@ -35,6 +44,7 @@ struct Epilogue {
   const void* residual = nullptr;
   int64_t ld_residual = 0;
   double lower = 0, upper = 0;
+  Store store = Store::kAsIs;
 };
 
 struct TileArgs {
@@ -55,34 +65,43 @@ struct TileArgs {
 using TileFn = void (*)(const TileArgs&);
 
 // Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
-// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k].
+// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR.
 using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                         int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
 // dst(row r0 + i, col c0 + j) = tile[i * ld + j], converting.
 using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, const Axis& col, int64_t c0, int64_t nc,
                           const void* tile, int64_t ld);
+// sums[r] += the sum of row r of a panel of A, `rows` <= MR rows by `steps`.
+using SumRowsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t steps, AccessA access);
 // In place on a tile: SiLU, Hardswish, GELU.
 using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
 
 struct Microkernel {
   const char* name;
   const char* isa;
-  DType dtype;  // of the arithmetic: float32 or float64
-  int mr, nr, vector;
+  DType dtype;    // of the accumulators, and of C: float32 or float64
+  DType operand;  // of A and B, in panels and in place
+  int kr, mr, nr, vector;
+  bool stores_half;
   TileFn fn[2][kMaxMr][kMaxNv];  // [access][m - 1][vectors - 1]
   // Indexed by the dtype in memory; null where the pair makes no sense.
-  PackFn pack_k_major[4];
+  PackFn pack_k_major[4];  // panels
   PackFn pack_r_major[4];
+  PackFn gather[4];  // r-major, to the accumulators' dtype: bias, residual
   UnpackFn unpack[4];
+  SumRowsFn sum_rows;
   ActivateFn activate;
 };
 
 // dispatch.cpp
 struct KernelSet {
   const char* isa;
-  const Microkernel* float32;
+  const Microkernel* float32;  // of float16 as well, which is converted as it is packed
   const Microkernel* float64;
-  const Microkernel& for_dtype(DType t) const { return t == DType::kFloat64 ? *float64 : *float32; }
+  const Microkernel* bfloat16;  // float32's where the instruction set multiplies no bfloat16
+  const Microkernel& for_dtype(DType t) const {
+    return t == DType::kFloat64 ? *float64 : (t == DType::kBFloat16 ? *bfloat16 : *float32);
+  }
 };
 
 struct KernelTable {

@@ -18,6 +18,8 @@ namespace {
 // alone.
 constexpr int64_t kChain = 64, kNarrowChain = 32;
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
+constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
+constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
@@ -39,27 +41,29 @@ int64_t l2_bytes() {
 }
 
 // Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
-bool b_readable(const GemmProblem& p, bool half) {
+bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
   const Axis& col = p.b.col;
-  return !half && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 && p.n_segment > 0 &&
-         (col.linear() || col.inner_size() % p.n_segment == 0);
+  return p.dtype == kernel.operand && kernel.kr == 1 && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 &&
+         p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
-// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel
-// is read several times.
+// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each, and wgrad's long k, read in
+// narrow strips, over more pages than a TLB holds; packing pays once the panel is read several times.
 bool b_conflicts(const GemmProblem& p, int64_t element, int64_t m_tiles) {
   const int64_t pitch = p.b.row.inner_stride() * element;
-  return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024));
+  return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || p.split_k || (p.b_is_weight && pitch > 1024));
 }
 
-void choose_operands(const GemmProblem& p, Plan& plan, bool half, int64_t element) {
+void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
+  const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
+  plan.prepacked = weight_a || weight_b;
   plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, 1, kernel.mr);
 
   // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
-  bool direct = b_readable(p, half) && !b_conflicts(p, element, plan.m.count());
+  bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, element, plan.m.count());
   if (!p.pool && segment != p.n && (direct ? full < 0.85 && p.m >= 64 : full < 0.95)) {
     segment = p.n;
     direct = direct && p.b.col.linear();
@@ -69,10 +73,10 @@ void choose_operands(const GemmProblem& p, Plan& plan, bool half, int64_t elemen
 
   const bool unit_k = p.a.col.inner_stride() == 1;
   plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
-  const bool a_rows = unit_k && p.a.col.linear();
-  const bool a_cols = !unit_k && p.a.col.linear() && p.a.row.linear() && p.a.row.inner_stride() == 1;
+  const bool a_rows = unit_k && p.a.col.linear() && p.k % kernel.kr == 0;
+  const bool a_cols = !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() && p.a.row.inner_stride() == 1;
   // Sums of A's rows are taken from packed panels.
-  if (!half && !p.a.aux && !p.row_sums.data && (a_rows || a_cols))
+  if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !p.row_sums.data && (a_rows || a_cols))
     plan.a = Operand::kDirect;
   else
     plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
@@ -88,20 +92,28 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.slices = std::max<int64_t>(ceil_div(p.k, plan.slice), 1);
   }
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
-  const int64_t longest = p.split_k ? 2 * kPackedK : std::max(l2_bytes() / 2 / (plan.kernel->nr * element), kPackedK);
-  plan.k_step = packs && plan.slice > longest ? kPackedK : std::max<int64_t>(plan.slice, 1);
+  const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
+  const int64_t longest =
+      p.split_k ? 3 * packed_k / 2 : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
+  plan.k_step = std::max<int64_t>(plan.slice, 1);
+  if (packs && plan.slice > longest)  // pieces of nearly equal length
+    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), plan.kc);
 }
 
-// B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles.
+// B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
+// A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
-  const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr;
+  const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  const int64_t fit = clamp(l2 / (carried ? 4 : 2) / (nr * plan.k_step * element), 1, kMaxBlockN);
+  const int64_t fit = clamp(l2 / 2 / (nr * steps * element), 1, kMaxBlockN);
   plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
   plan.block_m = tiles_m;
-  if (plan.a == Operand::kPackBlock) plan.block_m = clamp(l2 / 4 / (mr * plan.k_step * element), 1, tiles_m);
-  if (carried) plan.block_m = clamp(l2 / 4 / (mr * nr * plan.block_n * element), 1, plan.block_m);
+  const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
+  if (plan.a == Operand::kPackBlock)
+    plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 4) / (mr * steps * element), 1, tiles_m);
+  if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
+  plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
   (void)p;
 }
 
@@ -125,9 +137,9 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
       for (int m = 1; m <= most_m; ++m) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
         const double tm = static_cast<double>(ceil_div(units_m, m)), tn = static_cast<double>(ceil_div(units_n, n));
-        const double cost =
-            static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.block_n) + tn * pack_b);
+        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+                            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.reach_n) +
+                             tn * pack_b * ceil_div(static_cast<int64_t>(tm), plan.block_m));
         if (cost < best * 0.999) {
           best = cost;
           plan.part_g = g;
@@ -141,18 +153,41 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
 }
 
-void size_workspace(const GemmProblem& p, Plan& plan, bool half, int64_t element) {
+// A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
+// back from L3 or memory, and no other thread waits for them.
+void pack_where_used(const GemmProblem& p, Plan& plan) {
+  if (plan.b == Operand::kPackOnce && !plan.prepacked && plan.part_m == 1 && plan.block_m >= plan.m.count() &&
+      plan.k_step == p.k)
+    plan.b = Operand::kPackBlock;
+}
+
+// No share of a thread is larger than the largest one.
+void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
+  const auto largest = [](const Tiling& t, int parts, bool whole_segments) {
+    return whole_segments ? ceil_div(t.segments, parts) * t.per_segment : ceil_div(t.count(), parts);
+  };
+  const int64_t m = largest(plan.m, plan.part_m, p.pool && !p.pool_along_n);
+  const int64_t n = std::max<int64_t>(largest(plan.n, plan.part_n, p.pool && p.pool_along_n), 1);
+  plan.block_m = std::min(plan.block_m, std::max<int64_t>(m, 1));
+  plan.reach_n = std::min(plan.reach_n, n);
+  plan.block_n = ceil_div(plan.reach_n, ceil_div(plan.reach_n, plan.block_n));
+}
+
+void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   const auto bytes = [](int64_t n) { return round_up(n, 64); };
-  const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr;
-  if (plan.a == Operand::kPackOnce) plan.once_a = bytes(p.groups * p.m * p.k * element);
-  if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * p.k * element);
-  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * mr * plan.k_step * element);
-  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * nr * plan.k_step * element);
-  const int64_t carried = plan.k_step < plan.slice ? plan.block_m * plan.block_n : 0;
+  const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
+  if (!plan.prepacked) {
+    if (plan.a == Operand::kPackOnce) plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element);
+    if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
+  }
+  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * mr * steps * element);
+  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * nr * steps * element);
+  const int64_t carried = plan.k_step < plan.slice ? plan.block_m * plan.reach_n : 0;
   plan.accumulators = bytes((carried + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
-  if (p.bias.data && (half || p.bias.stride != 1)) plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
+  if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
+    plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
 
 std::string number(int64_t n) { return std::to_string(n); }
@@ -163,19 +198,23 @@ const char* name_of(Operand o) {
 
 std::string reason_a(const GemmProblem& p, const Plan& plan) {
   if (plan.a == Operand::kDirect) return plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous";
-  if (p.dtype != plan.kernel->dtype) return "converted to float32";
+  if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
+  if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.a.aux) return "masked by the saved output";
   if (p.row_sums.data) return "the bias gradient is summed from the panels";
-  return "its strides do not suit the microkernel";
+  return plan.kernel->kr > 1 ? "pairs along k interleaved" : "its strides do not suit the microkernel";
 }
 
 std::string reason_b(const GemmProblem& p, const Plan& plan) {
   if (plan.b == Operand::kDirect) return "n is contiguous";
-  if (p.dtype != plan.kernel->dtype) return "converted to float32";
+  if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
+  if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.b.aux) return "masked by the saved output";
+  if (plan.kernel->kr > 1) return "pairs along k interleaved";
   if (p.b.col.inner_stride() != 1) return "n is not contiguous";
   if (plan.n.segment != p.n_segment) return "tiles span images to keep vectors full";
-  return b_readable(p, false) ? "its rows fall into few cache sets" : "its strides do not suit the microkernel";
+  return b_readable(p, *plan.kernel) ? "its rows fall into few cache sets, or many pages"
+                                     : "its strides do not suit the microkernel";
 }
 
 }  // namespace
@@ -196,21 +235,34 @@ int64_t Plan::total() const { return once_a + once_b + partials + sums + bias + 
 Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) {
   Plan plan;
   plan.kernel = &kernels.for_dtype(p.dtype);
+  plan.isa = kernels.isa;
+  // Of an accumulator, and of an element of a panel: KR operands are as wide.
   const int64_t element = dtype_size(plan.kernel->dtype);
-  const bool half = p.dtype != plan.kernel->dtype;
-  choose_operands(p, plan, half, element);
+  choose_operands(p, plan, element);
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
-  size_workspace(p, plan, half, element);
+  pack_where_used(p, plan);
+  fit_blocks_to_shares(p, plan);
+  size_workspace(p, plan, element);
   return plan;
+}
+
+int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels) {
+  GemmProblem p = problem;
+  p.packed_weight = nullptr;
+  if (!p.b_is_weight && (!p.a_is_weight || make_plan(p, 1, kernels).a == Operand::kDirect)) return 0;
+  p.packed_weight = &p;  // any: a plan reads no operand
+  const Plan plan = make_plan(p, 1, kernels);
+  const int64_t columns = p.a_is_weight ? p.m : plan.n.padded();
+  return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype);
 }
 
 std::string describe(const GemmProblem& p, const Plan& plan) {
   const int64_t work = p.groups * p.m * p.n * p.k;
-  std::string text = std::string("kernel=") + plan.kernel->name + ": the widest for " + dtype_name(p.dtype) + " in " +
-                     plan.kernel->isa;
-  text += "\nisa=" + std::string(plan.kernel->isa) +
+  std::string text =
+      std::string("kernel=") + plan.kernel->name + ": the widest for " + dtype_name(p.dtype) + " in " + plan.isa;
+  text += "\nisa=" + std::string(plan.isa) +
           (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
   text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);

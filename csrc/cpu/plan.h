@@ -1,7 +1,7 @@
 // How the CPU runs a GemmProblem.
 //
-//   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> the loops
-//   microkernel.h   what runs inside a tile
+//   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> threads and phases
+//   worker.h    a thread's loop nest                      microkernel.h   what runs inside a tile
 #pragma once
 
 #include <string>
@@ -38,16 +38,20 @@ constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
 
 struct Plan {
   const Microkernel* kernel = nullptr;
+  const char* isa = nullptr;  // of the whole set: the kernel's own, or a better one that has nothing better for it
   Tiling m, n;
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
+  bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
   int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice
   int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
   // workspace, in bytes
   int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
+  int64_t steps(int64_t k) const { return (k + kernel->kr - 1) / kernel->kr; }  // of the microkernel
   int64_t per_thread() const;
   int64_t total() const;
 };
@@ -55,6 +59,12 @@ struct Plan {
 // Pure: the same problem, thread count and table always give the same plan.
 Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
 std::string describe(const GemmProblem& problem, const Plan& plan);
+
+// For a weight that stays the same over many calls: how many bytes its panels take (zero: the kernels read this weight
+// in place, or the problem, a wgrad, has none), and making them, at an address aligned to 64 bytes. They depend on the
+// weight, its role and the instruction set, not on pixels, batch or threads; GemmProblem::packed_weight takes them.
+int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels);
+void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* panels);
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 Status run_gemm(const GemmProblem& problem, const Plan& plan);

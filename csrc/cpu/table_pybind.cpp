@@ -1,12 +1,16 @@
-// The microkernel table for tests and microbenchmarks: NumPy arrays in, no torch. Built by bench/microkernel_table.py
-// with torch.utils.cpp_extension.load, from the same sources and flags as the library, which itself keeps no Python
-// symbol.
+// The microkernel table, and the driver with panels made beforehand, for tests and microbenchmarks: NumPy arrays in, no
+// torch. Built by bench/microkernel_table.py with torch.utils.cpp_extension.load, from the same sources and flags as
+// the library, which itself keeps no Python symbol.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <new>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "plan.h"
@@ -34,6 +38,8 @@ std::vector<py::dict> list() {
     d["name"] = k.name;
     d["isa"] = k.isa;
     d["dtype"] = conv1x1::dtype_name(k.dtype);
+    d["operand"] = conv1x1::dtype_name(k.operand);
+    d["kr"] = k.kr;
     d["mr"] = k.mr;
     d["nr"] = k.nr;
     d["vector"] = k.vector;
@@ -54,9 +60,13 @@ struct Call {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place.
-template <class T>
-Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const Array<T>& b, Array<T>& out, int64_t n) {
+// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P: an element of a panel,
+// two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those.
+template <class T, class P>
+Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n) {
+  const bool pairs = std::is_same<P, uint32_t>::value;
+  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs)
+    throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
   Call<T> call;
   const int64_t m = a.shape(rows ? 0 : 1), k = a.shape(rows ? 1 : 0);
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n || out.shape(0) < m ||
@@ -66,7 +76,7 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const A
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
   for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
-  call.args.chain = 64;  // as the library plans it for most layers
+  call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
   call.args.n = n;
   call.args.a = a.data();
@@ -78,12 +88,11 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<T>& a, const A
   return call;
 }
 
-template <class T>
-void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int64_t n, py::object c_in,
+template <class T, class P>
+void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue) {
   const Microkernel& kernel = find(name);
-  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8)) throw std::invalid_argument("dtype");
-  Call<T> call = prepare<T>(kernel, rows, a, b, out, n);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
@@ -105,10 +114,10 @@ void run(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> ou
 }
 
 // Best GFLOP/s of `rounds` rounds of `calls` whole tiles of one microkernel, operands in cache.
-template <class T>
-double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Array<T> out, int rounds, int calls) {
+template <class T, class P>
+double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int rounds, int calls) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T>(kernel, rows, a, b, out, kernel.nr);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, kernel.nr);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
@@ -117,7 +126,8 @@ double time_tile(const std::string& name, bool rows, Array<T> a, Array<T> b, Arr
     const auto begin = std::chrono::steady_clock::now();
     for (int c = 0; c < calls; ++c) call.fn(call.args);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    const double rate = 2.0 * static_cast<double>(call.args.k) * kernel.mr * kernel.nr * calls / seconds / 1e9;
+    const double rate =
+        2.0 * static_cast<double>(call.args.k * kernel.kr) * kernel.mr * kernel.nr * calls / seconds / 1e9;
     if (rate > best) best = rate;
   }
   return best;
@@ -129,14 +139,85 @@ void activate(const std::string& name, Array<T> tile, int activation) {
                       static_cast<conv1x1::Activation>(activation));
 }
 
-template <class T>
-void define(py::module_& m) {
-  m.def("run", &run<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+// As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
+void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
+                Array<uint16_t> residual, int64_t n) {
+  const Microkernel& kernel = find(name);
+  std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
+  Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
+  Call<float> call = prepare<float, uint32_t>(kernel, true, a, b, shape, n);
+  call.args.a_rows = call.rows.data();
+  call.args.partial = call.partial.data();
+  call.args.c_out = out.mutable_data();
+  call.epilogue.residual = residual.data();
+  call.epilogue.ld_residual = residual.shape(1);
+  call.epilogue.lower = -std::numeric_limits<double>::infinity();
+  call.epilogue.upper = std::numeric_limits<double>::infinity();
+  call.epilogue.store = conv1x1::Store::kBFloat16;
+  call.args.epilogue = &call.epilogue;
+  call.fn(call.args);
+}
+
+// Forward or dgrad of one image by the driver, with panels of the weight made beforehand; without, where `beforehand`
+// is false. in, out: (pixels, channels) if channels_last else (channels, pixels); w: (c_out, c_in). S: float, double,
+// or the bits of a half type. Returns the panels' bytes, zero where this weight is read in place.
+template <class S>
+int64_t with_packed_weight(const std::string& dtype, Array<S> in, Array<S> w, Array<S> out, bool channels_last,
+                           bool dgrad, int threads, bool beforehand) {
+  std::string error;
+  const conv1x1::KernelSet* kernels = conv1x1::selected_kernels(&error);
+  if (kernels == nullptr) throw std::invalid_argument(error);
+  conv1x1::Conv1x1Problem p;
+  for (int t = 0; t < 4; ++t)
+    if (dtype == conv1x1::dtype_name(static_cast<conv1x1::DType>(t))) p.dtype = static_cast<conv1x1::DType>(t);
+  p.batch = 1;
+  p.c_out = w.shape(0);
+  p.c_in = w.shape(1);
+  p.in_size[2] = p.out_size[2] = in.shape(channels_last ? 0 : 1);
+  const auto view = [&](Array<S>& array) {
+    conv1x1::ActivationView v;
+    v.data = array.mutable_data();
+    v.stride[1] = channels_last ? 1 : array.shape(1);
+    v.stride[4] = channels_last ? array.shape(1) : 1;
+    return v;
+  };
+  p.w = {w.mutable_data(), p.c_in, 1};
+  (dgrad ? p.dy : p.x) = view(in);
+  (dgrad ? p.dx : p.y) = view(out);
+  conv1x1::GemmProblem g = dgrad ? conv1x1::lower_dgrad(p) : conv1x1::lower_fprop(p);
+  const int64_t bytes = conv1x1::packed_weight_bytes(g, *kernels);
+  void* panels = nullptr;
+  if (beforehand && bytes > 0) {
+    if (posix_memalign(&panels, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    conv1x1::pack_weight(g, *kernels, panels);
+    g.packed_weight = panels;
+  }
+  const conv1x1::Status status = conv1x1::run_gemm(g, conv1x1::make_plan(g, threads, *kernels));
+  std::free(panels);
+  if (status != conv1x1::kOk) throw std::bad_alloc();
+  return bytes;
+}
+
+template <class S>
+void define_packed(py::module_& m) {
+  m.def("with_packed_weight", &with_packed_weight<S>, py::arg("dtype"), py::arg("input").noconvert(),
+        py::arg("weight").noconvert(), py::arg("out").noconvert(), py::arg("channels_last"), py::arg("dgrad"),
+        py::arg("threads"), py::arg("beforehand"));
+}
+
+template <class T, class P>
+void define_runs(py::module_& m) {
+  m.def("run", &run<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
         py::arg("upper") = 0.0, py::arg("with_epilogue") = false);
-  m.def("time", &time_tile<T>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+  m.def("time", &time_tile<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"));
+}
+
+template <class T>
+void define(py::module_& m) {
+  define_runs<T, T>(m);
   m.def("activate", &activate<T>, py::arg("name"), py::arg("tile").noconvert(), py::arg("activation"));
 }
 
@@ -147,4 +228,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("list", &list);
   define<float>(m);
   define<double>(m);
+  define_runs<float, uint32_t>(m);
+  define_packed<float>(m);
+  define_packed<double>(m);
+  define_packed<uint16_t>(m);
+  m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"));
 }

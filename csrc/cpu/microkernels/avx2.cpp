@@ -10,12 +10,29 @@
 
 #include "../plan.h"
 
-CONV1X1_TARGET_BEGIN("avx2,fma")
+CONV1X1_TARGET_BEGIN("avx2,fma,f16c")
 namespace conv1x1 {
 namespace {
 
-#include "packing.inc"
+#include "convert.inc"
+// float16 by the instructions for it, which compilers do not find in a loop.
+inline void load_line(float* d, const Float16* s, int64_t n) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8)
+    _mm256_storeu_ps(d + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + j))));
+  for (; j < n; ++j) d[j] = _cvtsh_ss(s[j].bits);
+}
+
+inline void store_line(Float16* d, const float* s, int64_t n) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(d + j),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(s + j), _MM_FROUND_TO_NEAREST_INT));
+  for (; j < n; ++j) d[j].bits = _cvtss_sh(s[j], _MM_FROUND_TO_NEAREST_INT);
+}
+
 // clang-format off: the includes build on each other
+#include "packing.inc"
 #include "activations.inc"
 // clang-format on
 
@@ -50,6 +67,7 @@ struct Avx2Float32 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm256_max_ps(limit, x); }  // returns x where either is NaN
   static Reg min(Reg limit, Reg x) { return _mm256_min_ps(limit, x); }
+  static constexpr bool kStoresHalf = false;
 };
 
 struct Avx2Float64 {
@@ -79,6 +97,7 @@ struct Avx2Float64 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm256_max_pd(limit, x); }
   static Reg min(Reg limit, Reg x) { return _mm256_min_pd(limit, x); }
+  static constexpr bool kStoresHalf = false;
 };
 
 #include "tile.inc"

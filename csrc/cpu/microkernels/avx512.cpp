@@ -2,6 +2,9 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own undefined operands (GCC bug 105593)
+#endif
 #include <immintrin.h>
 
 #include <cmath>
@@ -10,32 +13,16 @@
 
 #include "../plan.h"
 
-CONV1X1_TARGET_BEGIN("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
+CONV1X1_TARGET_BEGIN("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
 namespace conv1x1 {
 namespace {
 
-#include "packing.inc"
 // clang-format off: the includes build on each other
+#include "convert.inc"
+#include "avx512_float32.inc"
+#include "packing.inc"
 #include "activations.inc"
 // clang-format on
-
-struct Avx512Float32 {
-  using T = float;
-  using Reg = __m512;
-  using Mask = __mmask16;
-  static constexpr int kWidth = 16;
-  static Mask first(int64_t n) { return n >= 16 ? Mask(0xffff) : Mask((1u << n) - 1); }
-  static Reg zero() { return _mm512_setzero_ps(); }
-  static Reg set1(T x) { return _mm512_set1_ps(x); }
-  static Reg load(const T* p) { return _mm512_loadu_ps(p); }
-  static Reg load(const T* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
-  static void store(T* p, Reg x) { _mm512_storeu_ps(p, x); }
-  static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_ps(p, m, x); }
-  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static Reg max(Reg limit, Reg x) { return _mm512_max_ps(limit, x); }  // returns x where either is NaN
-  static Reg min(Reg limit, Reg x) { return _mm512_min_ps(limit, x); }
-};
 
 struct Avx512Float64 {
   using T = double;
@@ -53,6 +40,7 @@ struct Avx512Float64 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm512_max_pd(limit, x); }
   static Reg min(Reg limit, Reg x) { return _mm512_min_pd(limit, x); }
+  static constexpr bool kStoresHalf = false;
 };
 
 #include "tile.inc"

@@ -8,8 +8,9 @@
 namespace conv1x1 {
 namespace {
 
-#include "packing.inc"
 // clang-format off: the includes build on each other
+#include "convert.inc"
+#include "packing.inc"
 #include "activations.inc"
 // clang-format on
 
@@ -38,6 +39,7 @@ struct PortableVector {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg limit, Reg x) { return x < limit ? limit : x; }
   static Reg min(Reg limit, Reg x) { return x > limit ? limit : x; }
+  static constexpr bool kStoresHalf = false;
 };
 
 #include "tile.inc"

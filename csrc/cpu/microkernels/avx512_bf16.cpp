@@ -1,0 +1,56 @@
+// AVX512-BF16 tiles: pairs of bfloat16 multiplied and added to float32 accumulators, two k a step (vdpbf16ps), in the
+// registers of avx512.cpp's tiles. The instruction takes denormal operands and sums for zero and rounds each of its two
+// additions; so does the conversion of the result with denormals. Listed by dispatch.cpp.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own undefined operands (GCC bug 105593)
+#endif
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../plan.h"
+
+CONV1X1_TARGET_BEGIN("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
+namespace conv1x1 {
+namespace {
+
+// clang-format off: the includes build on each other
+#include "convert.inc"
+#include "avx512_float32.inc"
+#include "packing.inc"
+#include "pairs.inc"
+#include "activations.inc"
+// clang-format on
+
+struct Avx512BFloat16 : Avx512Float32 {
+  static constexpr int kKr = 2;
+  typedef uint32_t P __attribute__((aligned(2), may_alias));  // two bfloat16, in place or in a panel
+  using Op = __m512i;
+  static Op broadcast(const P* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  static Op load_op(const P* p) { return _mm512_loadu_si512(p); }
+  static Op load_op(const P* p, Mask m) { return _mm512_maskz_loadu_epi32(m, p); }
+  static Reg multiply_add(Op a, Op b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static void store_half(uint16_t* p, Reg x, Mask m, bool) {
+    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+};
+
+#include "tile.inc"
+
+}  // namespace
+
+Microkernel make_avx512_bf16_bfloat16() {
+  Microkernel kernel =
+      make_tiles<Avx512BFloat16, 8, 3>("bfloat16_8x48_avx512_bf16", "avx512_bf16", DType::kFloat32, DType::kBFloat16);
+  fill_pairs(kernel);
+  return kernel;
+}
+
+}  // namespace conv1x1
+CONV1X1_TARGET_END
+#endif

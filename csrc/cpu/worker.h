@@ -1,0 +1,415 @@
+// The macrokernel: a thread's share of a GEMM, one loop nest for all of the library.
+//
+//   for jo in reaches of n        (one, but where accumulators are carried over very many columns)
+//     for ic in m blocks
+//       for pc in k steps         A's block packed, or read in place
+//         for jc in n blocks      B's block packed, or read in place, resident in L2
+//           for ir in m tiles
+//             for jr in n tiles   microkernel over chains of kc, then the epilogue
+//
+// Nothing here throws or allocates. T: the accumulators' type; an element of a panel is as wide (microkernel.h).
+#pragma once
+
+#include <cstring>
+#include <limits>
+
+#include "plan.h"
+
+namespace conv1x1 {
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range share(int64_t total, int parts, int part) {
+  const int64_t q = total / parts, r = total % parts;
+  const int64_t begin = part * q + (part < r ? part : r);
+  return {begin, begin + q + (part < r ? 1 : 0)};
+}
+
+// The axis of the aux tensor alone.
+inline Axis aux_axis(const Axis& axis) {
+  Axis aux = axis;
+  for (int d = 0; d < axis.nd; ++d) aux.stride[d] = axis.aux_stride[d];
+  return aux;
+}
+
+struct Shared {  // what all threads see: workspace, and panels that the caller brought
+  char *once_a, *once_b, *partials, *bias;
+  double* sums;
+};
+
+template <class T>
+class Worker {
+ public:
+  Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
+      : p_(problem), plan_(plan), kernel_(*plan.kernel), shared_(shared) {
+    block_a_ = reinterpret_cast<T*>(own);
+    block_b_ = reinterpret_cast<T*>(own + plan.block_a);
+    accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
+    tile_ = kernel_.mr * kernel_.nr;
+    storage_ = static_cast<int>(p_.dtype);
+    out_storage_ = static_cast<int>(p_.out_dtype);
+    carried_ = plan.k_step < plan.slice;
+    const int64_t spare = carried_ ? plan.block_m * plan.reach_n : 0;
+    partial_ = accumulators_ + spare * tile_;
+    staged_ = partial_ + tile_;
+    residual_ = staged_ + tile_;
+    transcendental_ = !masks_from_output(p_.activation);
+    // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
+    whole_out_ = p_.out_dtype == kernel_.dtype;
+    half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
+    if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
+    epilogue_.upper = p_.activation == Activation::kReLU6 ? 6 : inf;
+  }
+
+  void pack_once(int part, int parts) {
+    if (plan_.a == Operand::kPackOnce) {
+      const Range r = share(p_.groups * plan_.m.count(), parts, part);
+      for (int64_t i = r.begin; i < r.end; ++i) pack_a(i / plan_.m.count(), plan_.m[i % plan_.m.count()], 0, p_.k);
+    }
+    if (plan_.b == Operand::kPackOnce) {
+      const Range r = share(p_.groups * plan_.n.count(), parts, part);
+      for (int64_t j = r.begin; j < r.end; ++j) pack_b(j / plan_.n.count(), plan_.n[j % plan_.n.count()], 0, p_.k);
+    }
+  }
+
+  void compute(int part) {
+    const Range n = tiles(plan_.n, plan_.part_n, part % plan_.part_n, p_.pool && p_.pool_along_n);
+    first_n_share_ = part % plan_.part_n == 0;
+    part /= plan_.part_n;
+    const Range m = tiles(plan_.m, plan_.part_m, part % plan_.part_m, p_.pool && !p_.pool_along_n);
+    part /= plan_.part_m;
+    const Range s = share(plan_.slices, plan_.part_k, part % plan_.part_k);
+    const Range g = share(p_.groups, plan_.part_g, part / plan_.part_k);
+    for (group_ = g.begin; group_ < g.end; ++group_)
+      for (slice_ = s.begin; slice_ < s.end; ++slice_) rectangle(m, n);
+  }
+
+  // Joins the k-slices of rows [begin, end) of groups * m, in the slices' order.
+  void join_slices(int part, int parts) {
+    const Range rows = share(p_.groups * p_.m, parts, part);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      T* sum = slice_sum(0, row);
+      for (int64_t s = 1; s < plan_.slices; ++s) {
+        const T* next = slice_sum(s, row);
+        for (int64_t j = 0; j < p_.n; ++j) sum[j] += next[j];
+      }
+      const int64_t group = row / p_.m, i = row % p_.m;
+      if (p_.d.aux) {
+        for (int64_t j = 0; j < p_.n; j += kernel_.nr) {
+          const int64_t width = p_.n - j < kernel_.nr ? p_.n - j : kernel_.nr;
+          gather_residual(group, i, 1, j, width);
+          for (int64_t c = 0; c < width; ++c) sum[j + c] += residual_[c];
+        }
+      }
+      kernel_.unpack[out_storage_](out_element(p_.d.data, group * p_.d.group_stride), p_.d.row, i, 1, p_.d.col, 0, p_.n,
+                                   sum, p_.n);
+    }
+  }
+
+  void write_row_sums() {
+    const int64_t rows = p_.groups * p_.m;
+    for (int64_t row = 0; row < rows; ++row) {
+      double sum = 0;
+      for (int64_t s = 0; s < plan_.slices; ++s) sum += shared_.sums[s * rows + row];
+      Axis one;
+      one.size[0] = one.count = 1;
+      void* to = out_element(p_.row_sums.data, row * p_.row_sums.stride);
+      T value = static_cast<T>(sum);
+      if (p_.row_sums_accumulate) {
+        T before;
+        kernel_.gather[out_storage_](&before, 1, to, nullptr, one, 0, 1, one, 0, 1, Mask::kNone);
+        value += before;
+      }
+      kernel_.unpack[out_storage_](to, one, 0, 1, one, 0, 1, &value, 1);
+    }
+  }
+
+ private:
+  void* element(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * dtype_size(p_.dtype); }
+
+  void* out_element(void* base, int64_t offset) const {
+    return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
+  }
+
+  static Range tiles(const Tiling& t, int parts, int part, bool whole_segments) {
+    if (!whole_segments) return share(t.count(), parts, part);
+    const Range r = share(t.segments, parts, part);
+    return {r.begin * t.per_segment, r.end * t.per_segment};
+  }
+
+  T* slice_sum(int64_t slice, int64_t row) const {
+    return reinterpret_cast<T*>(shared_.partials) + (slice * p_.groups * p_.m + row) * p_.n;
+  }
+
+  // Where a packed tile lies. Packed once: by its place in the matrix; by block: by its place in the block.
+  T* packed_a(int64_t group, const Tiling::Tile& t) const {
+    if (plan_.a == Operand::kPackOnce)
+      return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + t.start) * plan_.steps(p_.k);
+    return block_a_ + (t.start - block_a_start_) * plan_.steps(plan_.k_step);
+  }
+  T* packed_b(int64_t group, const Tiling::Tile& t) const {
+    if (plan_.b == Operand::kPackOnce)
+      return reinterpret_cast<T*>(shared_.once_b) + (group * plan_.n.padded() + t.padded_start) * plan_.steps(p_.k);
+    return block_b_ + (t.padded_start - block_b_start_) * plan_.steps(plan_.k_step);
+  }
+  int64_t ld_packed_a(const Tiling::Tile& t) const {
+    if (plan_.a_access == AccessA::kCols) return t.size;
+    return plan_.steps(plan_.a == Operand::kPackOnce ? p_.k : plan_.k_step);
+  }
+
+  // k [k0, k0 + nk) of a tile, to where step `at` of its panel lies. A whole panel, or, k-major, a piece.
+  void pack_a(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk, int64_t at = 0) {
+    const Matrix& a = p_.a;
+    const PackFn fn = (plan_.a_access == AccessA::kCols ? kernel_.pack_k_major : kernel_.pack_r_major)[storage_];
+    const int64_t ld = ld_packed_a(t);
+    fn(packed_a(group, t) + at * ld, ld, element(a.data, group * a.group_stride),
+       a.aux ? element(a.aux, group * a.aux_group_stride) : nullptr, a.row, t.start, t.size, a.col, k0, nk,
+       a.aux ? p_.mask : Mask::kNone);
+  }
+
+  void pack_b(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk) {
+    const Matrix& b = p_.b;
+    kernel_.pack_k_major[storage_](packed_b(group, t), t.padded_size, element(b.data, group * b.group_stride),
+                                   b.aux ? element(b.aux, group * b.aux_group_stride) : nullptr, b.col, t.start, t.size,
+                                   b.row, k0, nk, b.aux ? p_.mask : Mask::kNone);
+  }
+
+  // A's tiles are narrower than a line: where k-major panels are packed from a source whose lines run across them, a
+  // few rows of it at a time are packed for all tiles, so that a line is met once.
+  void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
+    constexpr int64_t kRows = 32;
+    const bool across = plan_.a_access == AccessA::kCols && p_.a.row.inner_stride() == 1;
+    const int64_t piece = across ? kRows : (nk > 0 ? nk : 1);
+    for (int64_t k = 0; k < nk; k += piece)
+      for (int64_t i = is.begin; i < is.end; ++i)
+        pack_a(group_, plan_.m[i], k0 + k, nk - k < piece ? nk - k : piece, k / kernel_.kr);
+  }
+
+  // Adds the sums of the packed tiles' rows to this slice's row sums.
+  void add_row_sums(const Range& is, int64_t nk) {
+    double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;
+    for (int64_t i = is.begin; i < is.end; ++i) {
+      const Tiling::Tile t = plan_.m[i];
+      kernel_.sum_rows(sums + t.start, packed_a(group_, t), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
+    }
+  }
+
+  static Range next(int64_t begin, int64_t step, int64_t end) {
+    return {begin, begin + step < end ? begin + step : end};
+  }
+
+  void rectangle(const Range& m, const Range& n) {
+    const int64_t begin = slice_ * plan_.slice, end = begin + plan_.slice < p_.k ? begin + plan_.slice : p_.k;
+    for (int64_t jo = n.begin; jo == n.begin || jo < n.end; jo += plan_.reach_n) {  // once for n = 0: row sums alone
+      reach_ = next(jo, plan_.reach_n, n.end);
+      const bool one_block = reach_.end - reach_.begin <= plan_.block_n;
+      for (int64_t ic = m.begin; ic < m.end; ic += plan_.block_m) {
+        const Range is = next(ic, plan_.block_m, m.end);
+        block_a_start_ = plan_.m[is.begin].start;
+        int64_t k0 = begin;
+        do {  // once for k = 0: the epilogue of an empty sum
+          const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
+          if (plan_.a == Operand::kPackBlock) pack_block_a(is, k0, nk);
+          if (p_.row_sums.data && first_n_share_ && jo == n.begin) add_row_sums(is, nk);
+          for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
+            const Range js = next(jc, plan_.block_n, reach_.end);
+            block_b_start_ = plan_.n[js.begin].padded_start;
+            if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block))
+              for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, plan_.n[j], k0, nk);
+            block(is, js, k0, nk, k0 == begin, k0 + nk == end);
+          }
+          k0 += plan_.k_step;
+        } while (k0 < end);
+      }
+    }
+  }
+
+  // What every row of tiles asks of a column of tiles, worked out once a block.
+  struct Column {
+    Tiling::Tile tile;
+    const void* b;
+    int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
+    bool out_unit, aux_unit;  // and whether one unit stride walks them
+  };
+
+  void prepare_columns(const Range& js, int64_t k0) {
+    const Matrix &b = p_.b, &d = p_.d;
+    for (int64_t j = js.begin; j < js.end; ++j) {
+      Column& c = columns_[j - js.begin];
+      c.tile = plan_.n[j];
+      if (plan_.b == Operand::kDirect) {
+        c.ldb = b.row.inner_stride();
+        c.b = element(b.data, group_ * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
+      } else {
+        c.ldb = c.tile.padded_size;
+        c.b = packed_b(group_, c.tile) + (plan_.b == Operand::kPackOnce ? plan_.steps(k0) * c.ldb : 0);
+      }
+      if (p_.pool) continue;
+      const Run run = run_at(d.col, c.tile.start, c.tile.size);
+      c.out = run.offset;
+      c.aux = run.aux_offset;
+      c.out_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.stride == 1;
+      c.aux_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.aux_stride == 1;
+    }
+  }
+
+  // The A of a row of tiles: args.a_rows or args.a, and lda.
+  void prepare_row(const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
+    const bool direct = plan_.a == Operand::kDirect, once = plan_.a == Operand::kPackOnce;
+    args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
+    if (direct && plan_.a_access == AccessA::kRows) {
+      const bool linear = p_.a.row.linear();
+      for (int64_t r = 0; r < t.size; ++r) {
+        const int64_t row = linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset;
+        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + row);
+      }
+    } else if (direct) {
+      args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
+    } else if (plan_.a_access == AccessA::kRows) {
+      const T* a = packed_a(group_, t) + (once ? plan_.steps(k0) : 0);
+      for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
+    } else {
+      args.a = packed_a(group_, t) + (once ? plan_.steps(k0) * args.lda : 0);
+    }
+    args.a_rows = rows;
+  }
+
+  void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
+    const void* rows[kMaxMr];
+    prepare_columns(js, k0);
+    for (int64_t i = is.begin; i < is.end; ++i) {
+      const Tiling::Tile ti = plan_.m[i];
+      TileArgs args;
+      args.k = plan_.steps(nk);
+      args.chain = plan_.steps(plan_.kc);
+      args.partial = partial_;
+      prepare_row(ti, k0, rows, args);
+      const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
+      const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
+      for (int64_t j = 0; j < js.end - js.begin; ++j) {
+        const Column& c = columns_[j];
+        T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
+                          : partial_;
+        const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
+        args.b = c.b;
+        args.ldb = c.ldb;
+        args.n = c.tile.size;
+        args.c_in = first ? nullptr : sum;
+        args.ld_in = kernel_.nr;
+        if (last) {
+          finish(fn, args, ti, row, c);
+        } else {
+          args.c_out = sum;
+          args.ld_out = kernel_.nr;
+          fn(args);
+        }
+      }
+    }
+  }
+
+  // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
+  // one that waits for its line holds up all that follow.
+  void prefetch_out(const void* out, int64_t ld, int64_t rows, int64_t cols) const {
+    const int64_t size = dtype_size(p_.out_dtype), bytes = cols * size;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* row = static_cast<const char*>(out) + i * ld * size;
+      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + j, 1);
+      __builtin_prefetch(row + bytes - 1, 1);
+    }
+  }
+
+  void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
+    kernel_.gather[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride), nullptr,
+                                 aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
+  }
+
+  // The end of a tile: sum of a k-slice, or epilogue and the way out. `args` is filled in where it lies: a copy would
+  // read, in wider pieces, what was only just written, and so wait until all of the tile before has left the core.
+  void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Run& row, const Column& c) {
+    const Tiling::Tile& tj = c.tile;
+    if (plan_.slices > 1) {
+      args.c_out = slice_sum(slice_, group_ * p_.m + ti.start) + tj.start;
+      args.ld_out = p_.n;
+      fn(args);
+      return;
+    }
+    Epilogue e = epilogue_;
+    if (p_.bias.data) {
+      const T* bias = reinterpret_cast<const T*>(shared_.bias);
+      if (p_.bias_along_m)
+        e.bias_m = bias + group_ * p_.m + ti.start;
+      else
+        e.bias_n = bias + group_ * p_.n + tj.start;
+    }
+    args.epilogue = &e;
+    const Matrix& d = p_.d;
+    void* out = staged_;
+    int64_t ld = kernel_.nr;
+    const bool one_run = row.length == ti.size, aux_in_place = d.aux && one_run && c.aux_unit;
+    // What is stored as half is added to a residual as half.
+    const bool direct = !p_.pool && one_run && c.out_unit && (whole_out_ || !d.aux || aux_in_place);
+    if (direct) {
+      out = out_element(d.data, group_ * d.group_stride + row.offset + c.out);
+      ld = row.stride;
+      e.store = half_store_;
+      prefetch_out(out, ld, ti.size, tj.size);
+    }
+    if (aux_in_place && (whole_out_ || direct)) {
+      e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
+      e.ld_residual = row.aux_stride;
+    } else if (d.aux) {
+      gather_residual(group_, ti.start, ti.size, tj.start, tj.size);
+      e.residual = residual_;
+      e.ld_residual = kernel_.nr;
+    }
+    args.c_out = out;
+    args.ld_out = ld;
+    fn(args);
+    if (transcendental_) kernel_.activate(out, ld, ti.size, tj.size, p_.activation);
+    if (p_.pool)
+      pool(staged_, ti, tj);
+    else if (!direct)
+      kernel_.unpack[out_storage_](out_element(d.data, group_ * d.group_stride), d.row, ti.start, ti.size, d.col,
+                                   tj.start, tj.size, out, ld);
+  }
+
+  void pool(const T* out, const Tiling::Tile& ti, const Tiling::Tile& tj) {
+    const int64_t channels = p_.groups * (p_.pool_along_n ? p_.m : p_.n);
+    if (p_.pool_along_n) {
+      double* sums = p_.pool + tj.segment * channels + group_ * p_.m + ti.start;
+      for (int64_t i = 0; i < ti.size; ++i) {
+        T lanes[8] = {};
+        for (int64_t j = 0; j < tj.size; ++j) lanes[j & 7] += out[i * kernel_.nr + j];
+        double sum = 0;
+        for (T lane : lanes) sum += static_cast<double>(lane);
+        sums[i] += sum;
+      }
+    } else {
+      double* sums = p_.pool + ti.segment * channels + group_ * p_.n + tj.start;
+      for (int64_t j = 0; j < tj.size; ++j) {
+        T sum = 0;
+        for (int64_t i = 0; i < ti.size; ++i) sum += out[i * kernel_.nr + j];
+        sums[j] += static_cast<double>(sum);
+      }
+    }
+  }
+
+  const GemmProblem& p_;
+  const Plan& plan_;
+  const Microkernel& kernel_;
+  const Shared& shared_;
+  Epilogue epilogue_;
+  Column columns_[kMaxBlockN];
+  T *block_a_, *block_b_, *accumulators_, *partial_, *staged_, *residual_;
+  Range reach_{0, 0};
+  int64_t tile_, group_ = 0, slice_ = 0, block_a_start_ = 0, block_b_start_ = 0;
+  int storage_, out_storage_;
+  Store half_store_ = Store::kAsIs;
+  bool carried_, whole_out_, half_out_, transcendental_, first_n_share_ = true;
+};
+
+}  // namespace conv1x1
