@@ -138,7 +138,7 @@ def test_losses_are_marked_and_named():
     "options,message",
     [
         (["--device", "cuda", "--dtype", "float64"], "--dtype: expected some of float32, tf32"),
-        (["--dtype", "bfloat16"], "--dtype: expected some of float32, float64 on cpu, got bfloat16"),
+        (["--dtype", "tf32"], "--dtype: expected some of float32, float64, bfloat16, float16 on cpu, got tf32"),
         (["--device", "cuda", "--peers", "onnxruntime"], "--peers: expected some of ours, stock, cudnn_fused"),
         (["--budget", "5"], "--budget: not with --device cpu"),
         (["--device", "cuda", "--markdown"], "--markdown: not with --device cuda"),
