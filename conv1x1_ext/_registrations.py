@@ -190,6 +190,14 @@ def _fprop_fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return output
 
 
+@torch.library.register_fake("conv1x1_ext::_fprop_packed")
+def _fprop_packed_fake(
+    input: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
+) -> Tensor:
+    output: Tensor = _fprop_fake(input, weight, bias, residual, config)
+    return output
+
+
 @torch.library.register_fake("conv1x1_ext::_backward")
 def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, config: int, wanted: int

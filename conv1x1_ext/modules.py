@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ops import activation_name, conv1x1, conv1x1_avg_pool
+from .ops import PackedWeight, activation_name, conv1x1, conv1x1_avg_pool
 
 
 class _Conv1x1Mixin(nn.Module):
@@ -16,6 +16,7 @@ class _Conv1x1Mixin(nn.Module):
 
     _conv: ClassVar[type[nn.modules.conv._ConvNd]]
     activation: str | None
+    _packed: PackedWeight | None = None  # never a buffer: not in the state_dict
 
     def __init__(
         self,
@@ -74,6 +75,14 @@ class _Conv1x1Mixin(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
         weight: Tensor = self.weight  # type: ignore[assignment]
+        if self._packed is not None and not torch.compiler.is_compiling():
+            if self._packed.is_of(weight):
+                arguments: Any = (self.bias, self.stride, self.groups, self.activation, residual)
+                output = self._packed.conv1x1(input, weight, *arguments)
+                if output is not None:
+                    return output
+            else:
+                self._packed = None
         return conv1x1(
             input,
             weight,
@@ -83,6 +92,51 @@ class _Conv1x1Mixin(nn.Module):
             activation=self.activation,
             residual=residual,
         )
+
+    def prepack(self, input: Tensor) -> Any:
+        """Packs the weight once for the kernels that inputs like ``input`` run, in evaluation without gradients.
+
+        Worth it where the weight is large and the image small: otherwise every call packs it anew. Does nothing where
+        the kernels read the weight as it lies (contiguous float32, CUDA). Calls with another layout, or that need a
+        gradient, work as before.
+
+        The packed weight is dropped by ``train()``, ``.to()`` and its like, ``load_state_dict``, an optimizer's step
+        and every other write that torch counts. Writes through ``weight.data`` or NumPy torch does not count: call
+        ``prepack`` again after them (CONV1X1_CHECK_PACKED=1 in the environment makes a forgotten one an error).
+
+        Args:
+            input: a tensor of the layout, dtype and device of those to come, such as the one about to be passed.
+
+        Returns:
+            the module.
+
+        Raises:
+            RuntimeError: in training mode, for a weight that is an inference tensor, or as ``forward`` would.
+        """
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__}.prepack: expected a module in eval mode, got one in training mode"
+            )
+        packed = PackedWeight(input, self.weight, self.groups)  # type: ignore[arg-type]
+        self._packed = None if packed.empty else packed
+        return self
+
+    @property
+    def prepacked(self) -> bool:
+        """Is there a packed weight, of the weight as it is now?"""
+        return self._packed is not None and self._packed.is_of(self.weight)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "strides.h"
 
@@ -112,14 +113,62 @@ Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, c
   return Tensor(handle);
 }
 
+namespace {
+
+// What panels are of, in front of them: a call with other panels than it would make itself must not use them.
+struct PackedWeightTag {
+  int64_t layout, dtype, weight_is_b, groups, k, channels, reserved[2];
+  bool operator==(const PackedWeightTag& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
+};
+static_assert(sizeof(PackedWeightTag) == 64, "panels start at a multiple of 64 bytes");
+
+PackedWeightTag tag_of(const Backend& backend, const GemmProblem& g) {
+  return {backend.panel_layout(),
+          static_cast<int64_t>(g.dtype),
+          g.b_is_weight,
+          g.groups,
+          g.k,
+          g.b_is_weight ? g.n : g.m,
+          {}};
+}
+
+const void* panels_for(const Backend& backend, const GemmProblem& g, const Tensor& packed) {
+  const auto* tag = static_cast<const PackedWeightTag*>(packed.const_data_ptr());
+  return packed.numel() > static_cast<int64_t>(sizeof *tag) && *tag == tag_of(backend, g) ? tag + 1 : nullptr;
+}
+
+}  // namespace
+
+Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight) {
+  Conv1x1Problem p = problem_of(args, input, weight);
+  Tensor unused = allocate_output(backend, args, p, &p.y);
+  int64_t bytes = 0;
+  GemmProblem g;
+  if (p.c_in != 0) {
+    g = lower_fprop(p);
+    bytes = backend.packed_weight_bytes(g);
+  }
+  const int64_t size = bytes == 0 ? 0 : bytes + static_cast<int64_t>(sizeof(PackedWeightTag)), one = 1;
+  TensorInfo like = args.input;
+  like.dtype = kUInt8;
+  Tensor packed = empty_strided(1, &size, &one, like);
+  if (bytes == 0) return packed;
+  auto* tag = static_cast<PackedWeightTag*>(packed.mutable_data_ptr());
+  *tag = tag_of(backend, g);
+  backend.pack_weight(g, tag + 1);
+  return packed;
+}
+
 Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-             const MaybeTensor& bias, const MaybeTensor& residual) {
+             const MaybeTensor& bias, const MaybeTensor& residual, const Tensor* packed) {
   Conv1x1Problem p = problem_of(args, input, weight);
   Tensor out = allocate_output(backend, args, p, &p.y);
   if (p.c_in == 0) return out;  // no output channels either
   p.bias = bias_view(args, bias);
   if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
-  backend.gemm(lower_fprop(p));
+  GemmProblem g = lower_fprop(p);
+  if (packed) g.packed_weight = panels_for(backend, g, *packed);
+  backend.gemm(g);
   return out;
 }
 

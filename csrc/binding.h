@@ -25,6 +25,10 @@ class Backend {
   virtual void prepare_output(void* /*data*/, int64_t /*bytes*/) const {}
 
   virtual void gemm(const GemmProblem& g) const = 0;
+  // Panels of a weight that stays the same: what tells their layout (0: this device packs none), bytes, making them.
+  virtual int64_t panel_layout() const { return 0; }
+  virtual int64_t packed_weight_bytes(const GemmProblem& /*g*/) const { return 0; }
+  virtual void pack_weight(const GemmProblem& /*g*/, void* /*panels*/) const {}
   // dz = dy under the mask of y.
   virtual void mask_grad(const Conv1x1Problem& p, const ActivationView& dz) const = 0;
   // dx = 0
@@ -52,8 +56,10 @@ struct Wanted {  // gradients
 Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, const TensorInfo& like);
 
 // The operators, on checked arguments.
+// `packed`, where given, is of pack_weight(); panels of another layout than this call's are left aside.
 Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-             const MaybeTensor& bias, const MaybeTensor& residual);
+             const MaybeTensor& bias, const MaybeTensor& residual, const Tensor* packed = nullptr);
+Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight);
 ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
                    const Tensor& input, const Tensor& weight, const MaybeTensor& output, const TensorInfo& y,
                    const Wanted& wanted);
@@ -100,6 +106,21 @@ struct Operators {
     decode_config(args, config);
     raise_if(check_conv(args));
     return fprop(D(args), args, input, weight, bias, residual);
+  }
+
+  static Tensor pack_weight(const Tensor& input, const Tensor& weight, int64_t config) {
+    ConvArgs args = conv_args(input, weight, std::nullopt, std::nullopt);
+    decode_config(args, config);
+    raise_if(check_conv(args));
+    return conv1x1::pack_weight(D(args), args, input, weight);
+  }
+
+  static Tensor fprop_packed(const Tensor& input, const Tensor& weight, const Tensor& packed, const MaybeTensor& bias,
+                             const MaybeTensor& residual, int64_t config) {
+    ConvArgs args = conv_args(input, weight, bias, residual);
+    decode_config(args, config);
+    raise_if(check_conv(args));
+    return fprop(D(args), args, input, weight, bias, residual, &packed);
   }
 
   static ConvGrads backward_checked(const ConvArgs& args, const Tensor& grad_output, const Tensor& input,
@@ -163,6 +184,8 @@ struct Operators {
     m.impl("conv1x1_avg_pool", TORCH_BOX(&Operators::conv1x1_avg_pool));
     m.impl("conv1x1_avg_pool_backward", TORCH_BOX(&Operators::conv1x1_avg_pool_backward));
     m.impl("_fprop", TORCH_BOX(&Operators::fprop_private));
+    m.impl("_pack_weight", TORCH_BOX(&Operators::pack_weight));
+    m.impl("_fprop_packed", TORCH_BOX(&Operators::fprop_packed));
     m.impl("_backward", TORCH_BOX(&Operators::backward_private));
     m.impl("_explain", TORCH_BOX(&Operators::explain));
   }

@@ -32,7 +32,7 @@ struct ConvArgs {
   int64_t stride_of(int64_t spatial_dim) const { return stride[stride_count == 1 ? 0 : spatial_dim]; }
 };
 
-constexpr int kHalf = 5, kFloat = 6, kDouble = 7, kBFloat16 = 15;  // values of ScalarType
+constexpr int kUInt8 = 0, kHalf = 5, kFloat = 6, kDouble = 7, kBFloat16 = 15;  // values of ScalarType
 bool to_dtype(int scalar_type, DType* dtype);
 bool to_activation(const std::string& name, Activation* activation);
 

@@ -27,6 +27,11 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
       "-> (Tensor?, Tensor?, Tensor?)");
 
   m.def("_fprop(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int config) -> Tensor");
+  // The weight's panels for a forward of tensors like `input`, as bytes; none where the kernels read the weight itself.
+  m.def("_pack_weight(Tensor input, Tensor weight, int config) -> Tensor");
+  m.def(
+      "_fprop_packed(Tensor input, Tensor weight, Tensor packed, Tensor? bias, Tensor? residual, int config) -> "
+      "Tensor");
   m.def(
       "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int config, int wanted) "
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");

@@ -190,6 +190,8 @@ DOORS = {
     "conv1x1_avg_pool": (X, W, None, 1, "relu", True),
     "conv1x1_avg_pool_backward": (X[..., 0, 0], X, W, None, 1, "relu", True, True, True, True),
     "_fprop": (X, W, None, None, ops._config(None, 1, 1, 2)),
+    "_pack_weight": (X, W, ops._config(None, 1, 1, 2)),
+    "_fprop_packed": (X, W, torch.empty(0, dtype=torch.uint8), None, None, ops._config(None, 1, 1, 2)),
     "_backward": (X, X, W, None, ops._config(None, 1, 1, 2), 7),
     "_explain": (X, W, None, None, [1], 1, "none", True, "fprop"),
 }

@@ -47,6 +47,17 @@ class CpuBackend final : public Backend {
 
   void gemm(const GemmProblem& g) const override { raise_if_failed(run_gemm(g, make_plan(g, threads_, kernels()))); }
 
+  int64_t panel_layout() const override {
+    int64_t hash = 1469598103934665603;  // FNV-1a of the instruction set's name
+    for (const char* c = kernels().isa; *c; ++c)
+      hash = static_cast<int64_t>((static_cast<uint64_t>(hash) ^ static_cast<uint64_t>(*c)) * 1099511628211u);
+    return hash;
+  }
+  int64_t packed_weight_bytes(const GemmProblem& g) const override {
+    return conv1x1::packed_weight_bytes(g, kernels());
+  }
+  void pack_weight(const GemmProblem& g, void* panels) const override { conv1x1::pack_weight(g, kernels(), panels); }
+
   void mask_grad(const Conv1x1Problem& p, const ActivationView& dz) const override {
     conv1x1::mask_grad(p, dz, threads_, kernels());
   }

@@ -19,7 +19,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace conv1x1 {
 namespace {
 
-constexpr int32_t kCudaDevice = 1, kUInt8 = 0;  // values of DeviceType and ScalarType
+constexpr int32_t kCudaDevice = 1;  // of DeviceType
 
 void raise_if_failed(cudaError_t error, const std::string& doing) {
   if (error == cudaSuccess) return;

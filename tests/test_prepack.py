@@ -1,0 +1,261 @@
+"""A packed weight kept between calls: the same bits, and never a stale one where torch can know."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import conv1x1_ext
+from conv1x1_ext import Conv1x1, Conv1x1_1d, Conv1x1_3d
+
+pytestmark = pytest.mark.cpu_only(reason="CUDA kernels read the weight as it lies")
+
+C_IN, C_OUT = 40, 70
+
+
+def image(dtype=torch.float32, channels_last=True, size=(7, 7), batch=1):
+    x = torch.randn(batch, C_IN, *size).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def layer(dtype=torch.float32, **kwargs):
+    return Conv1x1(C_IN, C_OUT, activation="relu", dtype=dtype, **kwargs).eval()
+
+
+def reference(m, x):
+    with torch.no_grad():
+        return conv1x1_ext.conv1x1(x, m.weight, m.bias, m.stride, groups=m.groups, activation=m.activation)
+
+
+def assert_right(m, x):
+    with torch.no_grad():
+        assert torch.equal(m(x), reference(m, x))
+
+
+@pytest.fixture
+def packed():
+    m, x = layer(), image()
+    m.prepack(x)
+    assert m.prepacked
+    assert_right(m, x)
+    return m, x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("groups,stride", [(1, 1), (2, 1), (10, 2)])
+def test_the_bits_of_a_call_that_packs(dtype, channels_last, groups, stride):
+    m = layer(dtype, groups=groups, stride=stride)
+    m.prepack(image(dtype, channels_last))
+    for size, batch in (((7, 7), 1), ((1, 1), 1), ((1, 1), 5), ((14, 9), 3)):
+        for layout in (channels_last, not channels_last):  # panels of another layout are left aside
+            x = image(dtype, layout, size, batch)
+            assert_right(m, x)
+            residual = torch.randn_like(m(x).detach())
+            with torch.no_grad():
+                expected = conv1x1_ext.conv1x1(
+                    x, m.weight, m.bias, stride, groups=groups, activation="relu", residual=residual
+                )
+                assert torch.equal(m(x, residual), expected)
+
+
+@pytest.mark.parametrize("module,shape", [(Conv1x1_1d, (2, C_IN, 9)), (Conv1x1_3d, (2, C_IN, 2, 3, 4))])
+def test_other_dimensions(module, shape):
+    m, x = module(C_IN, C_OUT).eval(), torch.randn(shape)
+    m.prepack(x)
+    assert_right(m, x)
+
+
+def test_what_is_packed_is_used():
+    m, x = layer(), image()
+    m.prepack(x)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        m(x)
+    assert "conv1x1_ext::_fprop_packed" in {event.key for event in profile.key_averages()}
+
+
+def test_contiguous_float32_needs_no_packing():
+    m = layer().prepack(image(channels_last=False))
+    assert not m.prepacked
+    assert_right(m, image(channels_last=False))
+
+
+def in_place(m):
+    with torch.no_grad():
+        m.weight.mul_(2)
+
+
+def optimizer_step(m):
+    m.weight.grad = torch.ones_like(m.weight)
+    torch.optim.SGD([m.weight], lr=0.5).step()
+
+
+def load_state_dict(m):
+    m.load_state_dict({"weight": torch.randn_like(m.weight), "bias": torch.randn_like(m.bias)})
+
+
+def load_assigned(m):
+    m.load_state_dict({"weight": torch.randn_like(m.weight), "bias": torch.randn_like(m.bias)}, assign=True)
+
+
+def new_parameter(m):
+    m.weight = nn.Parameter(torch.randn_like(m.weight))
+
+
+def new_data(m):
+    m.weight.data = torch.randn_like(m.weight)
+
+
+def through_a_view(m):
+    with torch.no_grad():
+        m.weight[3].zero_()
+
+
+def through_detach(m):
+    m.weight.detach().add_(1)
+
+
+def initialised(m):
+    nn.init.normal_(m.weight)
+
+
+def trained(m):
+    m.train()
+    m.eval()
+
+
+def converted(m):
+    m.double()
+    m.float()
+
+
+CHANGES = [in_place, optimizer_step, load_state_dict, load_assigned, new_parameter, new_data, through_a_view]
+CHANGES += [through_detach, initialised, trained, converted]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_that_torch_counts_drops_it(packed, change):
+    m, x = packed
+    change(m)
+    assert not m.prepacked
+    assert_right(m, x)
+    assert m._packed is None
+    m.prepack(x)
+    assert m.prepacked
+    assert_right(m, x)
+
+
+def through_data(m):
+    m.weight.data.copy_(torch.randn_like(m.weight))
+
+
+def through_numpy(m):
+    m.weight.detach().numpy()[:] = 3
+
+
+@pytest.mark.parametrize("change", [through_data, through_numpy], ids=lambda f: f.__name__)
+def test_a_change_that_torch_does_not_count_wants_another_prepack(packed, change):
+    m, x = packed
+    change(m)
+    m.prepack(x)
+    assert_right(m, x)
+
+
+@pytest.mark.parametrize("change", [through_data, through_numpy], ids=lambda f: f.__name__)
+def test_a_forgotten_prepack_is_an_error_where_asked_for(monkeypatch, change):
+    monkeypatch.setenv("CONV1X1_CHECK_PACKED", "1")
+    m, x = layer(), image()
+    m.prepack(x)
+    assert_right(m, x)
+    change(m)
+    with pytest.raises(RuntimeError, match="call prepack again"), torch.no_grad():
+        m(x)
+
+
+def test_inference_tensors_are_refused():
+    with torch.inference_mode():
+        m = layer()
+        x = image()
+    with pytest.raises(RuntimeError, match="weight: expected a tensor that counts its writes, got an inference tensor"):
+        m.prepack(x)
+    with torch.inference_mode():
+        assert torch.equal(m(x), reference(m, x))
+
+
+def test_inference_mode_around_the_call(packed):
+    m, x = packed
+    with torch.inference_mode():
+        assert torch.equal(m(x), reference(m, x))
+    assert m.prepacked
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(RuntimeError, match=r"Conv1x1\.prepack: expected a module in eval mode"):
+        layer().train().prepack(image())
+
+
+def test_bad_input_is_refused_as_by_forward():
+    with pytest.raises(RuntimeError, match="input"):
+        layer().prepack(torch.randn(1, C_IN + 1, 7, 7))
+
+
+def test_gradients_take_the_other_route(packed):
+    m, x = packed
+    x.requires_grad_()
+    m(x).sum().backward()
+    assert x.grad is not None and m.weight.grad is not None and m.prepacked
+
+
+def test_never_in_the_state_dict_nor_in_a_pickle(packed):
+    m, x = packed
+    assert set(m.state_dict()) == {"weight", "bias"} and not list(m.buffers())
+    file = io.BytesIO()
+    torch.save(m, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    twin = copy.deepcopy(m)
+    for other in (loaded, twin):
+        assert not other.prepacked
+        assert_right(other, x)
+    in_place(twin)
+    assert m.prepacked
+    assert_right(m, x)
+
+
+def test_compiled(packed):
+    m, x = packed
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), reference(m, x))
+
+
+def test_autocast(packed):
+    m, x = packed
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert m(x).dtype == torch.bfloat16
+
+
+PROGRAM = """
+import os, torch, conv1x1_ext
+m = conv1x1_ext.Conv1x1(40, 70).eval()
+x = torch.randn(1, 40, 7, 7).contiguous(memory_format=torch.channels_last)
+m.prepack(x)
+with torch.no_grad():
+    assert torch.equal(m(x), conv1x1_ext.conv1x1(x, m.weight, m.bias))
+print(m.prepacked)
+"""
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_every_instruction_set(isa):
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**os.environ, "CONV1X1_ISA": isa}, capture_output=True, text=True
+    )
+    if "this CPU" in result.stderr:
+        pytest.skip(result.stderr.splitlines()[-1])
+    assert result.stdout.strip() == "True", result.stderr
