@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def chosen_peers(args: argparse.Namespace) -> list[peers.Peer]:
     """Ours and stock always; the rest as asked."""
-    names = {"ours", "stock", *(args.peers or peers.NAMES)}
+    names = {"ours", "ours_prepacked", "stock", *(args.peers or peers.NAMES)}
     if not args.compile and "compile" not in (args.peers or ()):
         names.discard("compile")
     layouts = peers.LAYOUTS if args.layout == "both" else (args.layout,)
@@ -108,7 +108,7 @@ def prepare(
                 errors[peer.key] = peers.errors(outputs(call()), expected)
                 calls[peer.key] = call
             except Exception as error:
-                if peer.name in ("ours", "stock"):
+                if peer.name in ("ours", "ours_prepacked", "stock"):
                     raise
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason is not None:

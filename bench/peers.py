@@ -104,6 +104,34 @@ def _ours(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     return prepare
 
 
+def _prepacked_layer(case: Case, layout: str) -> conv1x1_ext.Conv1x1:
+    layer = case.layer
+    x, w, b = case.tensors(layout)
+    with torch.inference_mode(False), torch.no_grad():  # an inference tensor's weight cannot be prepacked
+        module = conv1x1_ext.Conv1x1(layer.c_in, layer.c_out, layer.stride, activation="relu", dtype=DTYPES[case.dtype])
+        module.load_state_dict({"weight": w, "bias": b})
+        module.eval().prepack(x)
+    return module
+
+
+def _ours_prepacked(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
+    """As a model in evaluation calls it: a module with its weight packed beforehand."""
+
+    def prepare(case: Case) -> tuple[Call, Outputs]:
+        module, x = _prepacked_layer(case, layout), case.tensors(layout)[0]
+        return lambda: module(x), _single
+
+    return prepare
+
+
+def _prepacked_unavailable(layout: str) -> Callable[[Case], str | None]:
+    def reason(case: Case) -> str | None:
+        packs = _prepacked_layer(case, layout).prepacked
+        return None if packs else "nothing to pack: the kernels read this weight as it lies"
+
+    return reason
+
+
 def _stock(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     def prepare(case: Case) -> tuple[Call, Outputs]:
         (x, w, b), stride = case.tensors(layout), case.layer.stride
@@ -143,7 +171,13 @@ def _onednn(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
 def _onednn_unavailable(case: Case) -> str | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return "this torch has no oneDNN, or not its private fused operator"
-    return None if case.dtype == "float32" else f"oneDNN on CPUs has no {case.dtype}"
+    supported = {
+        "float32": lambda: True,
+        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    known = case.dtype in supported and supported[case.dtype]()
+    return None if known else f"oneDNN has no {case.dtype} on this CPU"
 
 
 def _onnxruntime(case: Case) -> tuple[Call, Outputs]:
@@ -248,6 +282,7 @@ def _stock_function(x: Tensor, w: Tensor, b: Tensor, stride: int) -> Tensor:
 LAYOUTS = ("NCHW", "NHWC")
 FORWARD = [
     *(Peer("ours", layout, _ours(layout)) for layout in LAYOUTS),
+    *(Peer("ours_prepacked", layout, _ours_prepacked(layout), _prepacked_unavailable(layout)) for layout in LAYOUTS),
     *(Peer("stock", layout, _stock(layout)) for layout in LAYOUTS),
     Peer("linear", "NHWC", _linear, _only_stride_1),
     Peer("baddbmm", "NCHW", _baddbmm, _only_stride_1),

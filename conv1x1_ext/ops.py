@@ -244,6 +244,7 @@ class PackedWeight:
         with torch.no_grad():
             self.panels: Tensor = _ops._pack_weight(input, weight, config)
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
+        self._spatial = weight.dim() - 2
         self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
 
     @property
@@ -269,21 +270,22 @@ class PackedWeight:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: int | Sequence[int],
+        stride: int | tuple[int, ...],
         groups: int,
         activation: str | None,
         residual: Tensor | None,
     ) -> Tensor | None:
         """:func:`conv1x1` by the panels, or None where a gradient or a transform needs more than a plain call."""
-        config = _config(activation, stride if type(stride) is int else _stride_tuple(stride), groups, weight.dim() - 2)
         if (
-            not config
-            or type(input) not in _PLAIN
+            type(input) not in _PLAIN
             or (residual is not None and type(residual) not in _PLAIN)
             or torch._C._is_any_autocast_enabled()
             or _transformed()
-            or _needs_grad(input, weight, bias, residual)
+            or (torch.is_grad_enabled() and _needs_grad(input, weight, bias, residual))
         ):
+            return None
+        config = _config(activation, stride, groups, self._spatial)  # type: ignore[arg-type]
+        if not config:
             return None
         output: Tensor = _fprop_packed(input, weight, self.panels, bias, residual, config)
         return output
