@@ -126,8 +126,13 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   // Pooled pixels of one image stay with one thread: their sum has one order.
   const int64_t units_m = p.pool && !p.pool_along_n ? plan.m.segments : plan.m.count();
   const int64_t units_n = p.pool && p.pool_along_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double tile = 12, pack_a = plan.a == Operand::kPackBlock ? 3 : 0,
-               pack_b = plan.b == Operand::kPackBlock ? 12 : 0;
+  const double tile = 12, pack_a = plan.a == Operand::kDirect ? 0 : 3, pack_b = plan.b == Operand::kDirect ? 0 : 12;
+  // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
+  const auto packing = [&](Operand how, double cost, int64_t units, int64_t own, int others, int64_t times) {
+    if (how == Operand::kPackOnce)
+      return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(units) * cost / threads;
+    return static_cast<double>(own * times) * cost;
+  };
   double best = 1e300;
   const int most_g = static_cast<int>(std::min<int64_t>(p.groups, threads));
   for (int g = 1; g <= most_g; g = g == most_g ? most_g + 1 : most_g) {
@@ -136,10 +141,11 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
       const int most_m = static_cast<int>(std::min<int64_t>(units_m, threads / (g * k)));
       for (int m = 1; m <= most_m; ++m) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
-        const double tm = static_cast<double>(ceil_div(units_m, m)), tn = static_cast<double>(ceil_div(units_n, n));
-        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-                            (tm * tn * tile + tm * pack_a * ceil_div(static_cast<int64_t>(tn), plan.reach_n) +
-                             tn * pack_b * ceil_div(static_cast<int64_t>(tm), plan.block_m));
+        const int64_t tm = ceil_div(units_m, m), tn = ceil_div(units_n, n);
+        const double cost =
+            static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+            (static_cast<double>(tm * tn) * tile + packing(plan.a, pack_a, units_m, tm, n, ceil_div(tn, plan.reach_n)) +
+             packing(plan.b, pack_b, units_n, tn, m, ceil_div(tm, plan.block_m)));
         if (cost < best * 0.999) {
           best = cost;
           plan.part_g = g;
@@ -154,11 +160,14 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
 }
 
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
-// back from L3 or memory, and no other thread waits for them.
-void pack_where_used(const GemmProblem& p, Plan& plan) {
-  if (plan.b == Operand::kPackOnce && !plan.prepacked && plan.part_m == 1 && plan.block_m >= plan.m.count() &&
-      plan.k_step == p.k)
-    plan.b = Operand::kPackBlock;
+// back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep.
+void pack_where_used(Plan& plan, int64_t k, int64_t element) {
+  if (plan.prepacked || plan.k_step != k) return;
+  if (plan.b == Operand::kPackOnce && plan.part_m == 1 && plan.block_m >= plan.m.count()) plan.b = Operand::kPackBlock;
+  if (plan.a == Operand::kPackOnce && plan.part_n == 1 && plan.block_n >= plan.n.count()) {
+    plan.a = Operand::kPackBlock;
+    plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
+  }
 }
 
 // No share of a thread is larger than the largest one.
@@ -242,7 +251,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
-  pack_where_used(p, plan);
+  pack_where_used(plan, p.k, element);
   fit_blocks_to_shares(p, plan);
   size_workspace(p, plan, element);
   return plan;
