@@ -171,22 +171,35 @@ class Worker {
        a.aux ? p_.mask : Mask::kNone);
   }
 
-  void pack_b(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk) {
+  void pack_b(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk, int64_t at = 0) {
     const Matrix& b = p_.b;
-    kernel_.pack_k_major[storage_](packed_b(group, t), t.padded_size, element(b.data, group * b.group_stride),
+    kernel_.pack_k_major[storage_](packed_b(group, t) + at * t.padded_size, t.padded_size,
+                                   element(b.data, group * b.group_stride),
                                    b.aux ? element(b.aux, group * b.aux_group_stride) : nullptr, b.col, t.start, t.size,
                                    b.row, k0, nk, b.aux ? p_.mask : Mask::kNone);
   }
 
-  // A's tiles are narrower than a line: where k-major panels are packed from a source whose lines run across them, a
-  // few rows of it at a time are packed for all tiles, so that a line is met once.
-  void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
+  // Packs a block's tiles. Where k-major panels come from a source whose lines run across tiles that are no whole lines
+  // wide (A's, and B's of half types), a few of its rows at a time are packed for all tiles, so that a line is met
+  // once.
+  template <class Pack>
+  static void pack_tiles(const Range& tiles, int64_t k0, int64_t nk, bool across, const Pack& pack) {
     constexpr int64_t kRows = 32;
-    const bool across = plan_.a_access == AccessA::kCols && p_.a.row.inner_stride() == 1;
     const int64_t piece = across ? kRows : (nk > 0 ? nk : 1);
     for (int64_t k = 0; k < nk; k += piece)
-      for (int64_t i = is.begin; i < is.end; ++i)
-        pack_a(group_, plan_.m[i], k0 + k, nk - k < piece ? nk - k : piece, k / kernel_.kr);
+      for (int64_t t = tiles.begin; t < tiles.end; ++t) pack(t, k0 + k, nk - k < piece ? nk - k : piece, k);
+  }
+
+  void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
+    const bool across = plan_.a_access == AccessA::kCols && p_.a.row.inner_stride() == 1;
+    pack_tiles(is, k0, nk, across,
+               [&](int64_t i, int64_t k, int64_t n, int64_t at) { pack_a(group_, plan_.m[i], k, n, at / kernel_.kr); });
+  }
+
+  void pack_block_b(const Range& js, int64_t k0, int64_t nk) {
+    const bool across = dtype_size(p_.dtype) == 2 && p_.b.col.inner_stride() == 1;
+    pack_tiles(js, k0, nk, across,
+               [&](int64_t j, int64_t k, int64_t n, int64_t at) { pack_b(group_, plan_.n[j], k, n, at / kernel_.kr); });
   }
 
   // Adds the sums of the packed tiles' rows to this slice's row sums.
@@ -218,8 +231,7 @@ class Worker {
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
             block_b_start_ = plan_.n[js.begin].padded_start;
-            if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block))
-              for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, plan_.n[j], k0, nk);
+            if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
           k0 += plan_.k_step;
