@@ -1,9 +1,9 @@
 """What compiled CUDA kernels prove without a GPU: registers, spills, shared memory, and the instructions in SASS.
 
-Each architecture's kernels are compiled with nvcc into a temporary folder, without torch. By default those of
-DEFAULT_ARCHS; CONV1X1_TEST_ARCHS="80 86 89" chooses others, "all" takes every one that is supported (about a minute and
-a half of one core each). SASS needs cuobjdump: pip install 'conv1x1_ext[test]'. Instructions are judged inside the
-main loop, the innermost loops that multiply: what is saved around it, as for the call of the epilogue, costs nothing.
+Each architecture's kernels are compiled with nvcc into a temporary folder, without torch: every one that is supported,
+or those of CONV1X1_TEST_ARCHS="80 86 89" (about a minute of one core each). SASS needs cuobjdump: pip install
+'conv1x1_ext[test]'. Instructions are judged inside the main loop, the innermost loops that multiply: what is saved
+around it, as for the call of the epilogue, costs nothing.
 """
 
 import concurrent.futures
@@ -23,7 +23,6 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Bytes of shared memory that a block may have: static and opted in.
 STATIC = 48 << 10
 SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10}
-DEFAULT_ARCHS = "80 90 120"
 REGISTERS = 65536  # of a multiprocessor
 GEMM = re.compile(r"conv1x1::cuda::gemm_(mma|simt)<")
 # mma.sync in SASS, by element type.
@@ -31,9 +30,9 @@ PRODUCTS = {"__half": "HMMA.16816.F32", "__nv_bfloat16": "HMMA.16816.F32.BF16", 
 
 
 def asked_archs():
-    asked = os.environ.get("CONV1X1_TEST_ARCHS", DEFAULT_ARCHS)
-    archs = list(SHARED) if asked == "all" else asked.split()
-    assert set(archs) <= set(SHARED), f"CONV1X1_TEST_ARCHS: expected some of {', '.join(SHARED)} or all, got {asked}"
+    asked = os.environ.get("CONV1X1_TEST_ARCHS", " ".join(SHARED))
+    archs = asked.split()
+    assert set(archs) <= set(SHARED), f"CONV1X1_TEST_ARCHS: expected some of {', '.join(SHARED)}, got {asked}"
     return archs
 
 

@@ -314,6 +314,38 @@ def test_the_cases_do_use_every_tile(emulator):
 # --- devices and determinism ----------------------------------------------------------------------------------------
 
 
+def far_apart(shape, dtype, layout):
+    """Two images, or two rows of pixels, more than 2^31 elements apart; memory between them is never touched."""
+    _, c, h, w = shape
+    strides = (FAR, h * w, w, 1) if layout == "images" else (h * FAR, 1, FAR, c)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.empty(extent, dtype=dtype).as_strided(shape, strides)
+
+
+FAR = 2**31 + 8
+
+
+@pytest.mark.parametrize("mode", [torch.bfloat16, torch.float32, TF32], ids=str)
+@pytest.mark.parametrize("layout,shape", [("images", (2, 8, 3, 4)), ("rows", (1, 8, 2, 6))])
+def test_offsets_are_64_bits(emulator, layout, shape, mode):
+    dtype, c_out = dtype_of(mode), 16
+    x, y = far_apart(shape, dtype, layout), far_apart((shape[0], c_out, *shape[2:]), dtype, layout)
+    dx = far_apart(shape, dtype, layout)
+    x.copy_(torch.randn(shape))
+    w, dw = torch.randn(c_out, shape[1], 1, 1).to(dtype), torch.empty(c_out, shape[1], 1, 1, dtype=dtype)
+    options = {"allow_tf32": mode == TF32}
+    emulator.run("fprop", x=x, w=w, y=y, **options)
+    compact = x.double().contiguous(), w.double()
+    tolerance = {"rtol": 0, "atol": 0.25 if dtype == torch.bfloat16 else 0.05 if mode == TF32 else 1e-4}
+    torch.testing.assert_close(y.double().contiguous(), conv(*compact, None, 1, 1), **tolerance)
+    emulator.run("dgrad", x=x, w=w, dy=y, dx=dx, **options)
+    emulator.run("wgrad", x=x, w=w, dy=y, dw=dw, **options)
+    expected = gradients(*compact, y.double().contiguous(), Case(shape[0], shape[1], c_out, shape[2:]))
+    for found, exact in zip((dx, dw), expected, strict=False):
+        relative = (found.double().contiguous() - exact).norm() / exact.norm()
+        assert relative < (4e-3 if dtype == torch.bfloat16 else 1e-3 if mode == TF32 else 1e-6)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
