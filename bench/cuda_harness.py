@@ -151,9 +151,13 @@ def ceilings(
     target = torch.empty_like(source)
     copy_us = median_us(lambda: target.copy_(source), 4)
     return {
-        "copy_gbs": round(2 * copy_bytes / copy_us * 1e-3, 1),
-        "matmul_tflops": {dtype: round(matmul(dtype), 2) for dtype in dtypes},
+        "copy_gbs": _four_digits(2 * copy_bytes / copy_us * 1e-3),
+        "matmul_tflops": {dtype: _four_digits(matmul(dtype)) for dtype in dtypes},
     }
+
+
+def _four_digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def gpu() -> dict[str, Any]:
