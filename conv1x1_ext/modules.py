@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .ops import PackedWeight, activation_name, conv1x1, conv1x1_avg_pool
+from ._packed import PackedWeight
+from .ops import activation_name, conv1x1, conv1x1_avg_pool
 
 
 class _Conv1x1Mixin(nn.Module):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -292,3 +293,13 @@ def run_python(code: str, timeout: float = 120, **env: str) -> subprocess.Comple
 def expect_ok(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def opcheck(op, args):
+    """torch.library.opcheck, or a skip where it cannot be imported."""
+    try:
+        torch.library.opcheck(op, args)
+    except ModuleNotFoundError as error:
+        if error.name != "expecttest":
+            raise
+        pytest.skip("torch.library.opcheck needs expecttest, which is not installed")

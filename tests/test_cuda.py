@@ -19,6 +19,7 @@ from helpers import (
     exact,
     expect_ok,
     laid_out,
+    opcheck,
     randn,
     run_python,
     same_bits,
@@ -322,12 +323,7 @@ def test_opcheck(dtype):
         (ops.conv1x1_avg_pool.default, (x, w, b, 1, "silu", True)),
     ]
     for op, args in calls:
-        try:
-            torch.library.opcheck(op, args)
-        except ModuleNotFoundError as error:
-            if error.name != "expecttest":
-                raise
-            pytest.skip("torch.library.opcheck needs expecttest, which is not installed")
+        opcheck(op, args)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, DEVICE, DTYPES, FLOATS, FORMATS, HALVES, conv, laid_out, randn, stock_forward
+from helpers import ACTIVATIONS, DEVICE, DTYPES, FLOATS, FORMATS, HALVES, conv, laid_out, opcheck, randn, stock_forward
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -21,15 +21,6 @@ def operands(dtype=torch.float64, layout="contiguous", grad=True, stride=1, grou
     x, w = laid_out((2, 4, 5, 3), dtype, layout), randn((6, 4 // groups, 1, 1), dtype)
     b, r = randn((6,), dtype), randn((2, 6, (5 - 1) // stride + 1, (3 - 1) // stride + 1), dtype)
     return [t.requires_grad_(grad) for t in (x, w, b, r)]
-
-
-def opcheck(op, args):
-    try:
-        torch.library.opcheck(op, args)
-    except ModuleNotFoundError as error:
-        if error.name != "expecttest":
-            raise
-        pytest.skip("torch.library.opcheck needs expecttest, which is not installed")
 
 
 PRODUCT = list(itertools.product(DTYPES, FORMATS, (True, False), (True, False), ACTIVATIONS, (True, False)))

@@ -1,0 +1,85 @@
+"""A weight in the kernels' own order, kept between calls: what ``Conv1x1.prepack`` makes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_pack = torch.ops.conv1x1_ext._pack_weight.default
+_fprop = torch.ops.conv1x1_ext._fprop_packed.default
+
+
+class PackedWeight:
+    """A weight as the kernels read it, made once, for calls that need no gradient.
+
+    Args:
+        input: decides, by its layout, dtype and device, for which kernels.
+        weight, groups: as for :func:`conv1x1`.
+
+    It knows every write that torch counts (in place, an optimizer's, ``load_state_dict``), another tensor and moved
+    storage. It cannot know of writes through ``weight.data`` or NumPy; with CONV1X1_CHECK_PACKED=1 in the environment
+    it keeps a copy and compares at every call.
+
+    Raises:
+        RuntimeError: as :func:`conv1x1`, and for inference tensors, whose writes torch does not count.
+    """
+
+    def __init__(self, input: Tensor, weight: Tensor, groups: int) -> None:
+        if weight.is_inference():
+            raise RuntimeError(
+                "prepack: weight: expected a tensor that counts its writes, got an inference tensor (made under "
+                "torch.inference_mode()): a stale packed weight could not be told from a fresh one"
+            )
+        config = ops._config(None, 1, groups, weight.dim() - 2)
+        with torch.no_grad():
+            self.panels: Tensor = _pack(input, weight, config)
+        self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
+        self._spatial = weight.dim() - 2
+        self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
+
+    @property
+    def empty(self) -> bool:
+        """Do the kernels read this weight as it lies?"""
+        return self.panels.numel() == 0
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Was it made of this very weight, unchanged since?
+
+        Raises:
+            RuntimeError: with CONV1X1_CHECK_PACKED=1, where the weight was written behind torch's back.
+        """
+        same = weight is self._weight and weight._version == self._version and weight.data_ptr() == self._address
+        if same and self._copy is not None and not torch.equal(weight, self._copy):
+            raise RuntimeError(
+                "prepack: weight: it was written through .data or NumPy, which torch does not count: call prepack again"
+            )
+        return same
+
+    def conv1x1(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int | tuple[int, ...],
+        groups: int,
+        activation: str | None,
+        residual: Tensor | None,
+    ) -> Tensor | None:
+        """:func:`conv1x1` by the panels, or None where a gradient or a transform needs more than a plain call."""
+        if (
+            type(input) not in ops._PLAIN
+            or (residual is not None and type(residual) not in ops._PLAIN)
+            or torch._C._is_any_autocast_enabled()
+            or ops._transformed()
+            or (torch.is_grad_enabled() and ops._needs_grad(input, weight, bias, residual))
+        ):
+            return None
+        config = ops._config(activation, stride, groups, self._spatial)  # type: ignore[arg-type]
+        if not config:
+            return None
+        output: Tensor = _fprop(input, weight, self.panels, bias, residual, config)
+        return output
