@@ -82,6 +82,9 @@ Status run(const GemmProblem& p, const Plan& plan) {
       for (int id = thread; id < plan.threads; id += threads)
         Worker<T>(p, plan, shared, own + id * plan.per_thread()).join_slices(id, plan.threads);
     }
+#if defined(__x86_64__)
+    if (plan.streams) _mm_sfence();
+#endif
   };
   if (plan.threads == 1) {
     team(0, 1, [] {});

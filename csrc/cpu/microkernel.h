@@ -35,7 +35,8 @@ constexpr int kMaxMr = 8, kMaxNv = 3, kMaxNr = 48;
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
 // The dtype of C and of the residual under an epilogue: the accumulators', or a half type where `stores_half`.
-enum class Store : int { kAsIs, kBFloat16, kFloat16 };
+// kStream is kAsIs past the caches, for a C of whole vectors, every row of it aligned to 64 bytes; the driver fences.
+enum class Store : int { kAsIs, kBFloat16, kFloat16, kStream };
 
 // min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
 struct Epilogue {
@@ -60,6 +61,11 @@ struct TileArgs {
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Epilogue* epilogue = nullptr;
+  // In step s < fetch_rows, the lines of fetch_width bytes at fetch + s * fetch_pitch are fetched into L2; or, where
+  // `fetch_near`, the one line there into L1.
+  const char* fetch = nullptr;
+  int64_t fetch_rows = 0, fetch_pitch = 0, fetch_width = 0;
+  bool fetch_near = false;
 };
 
 using TileFn = void (*)(const TileArgs&);

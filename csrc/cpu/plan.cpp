@@ -24,7 +24,8 @@ constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
-constexpr double kWorkPerThread = 150e3;  // multiply-adds that pay for entering a parallel region (about 1 us)
+constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
+constexpr double kWorkPerThread = 150e3;      // multiply-adds that pay for entering a parallel region (about 1 us)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -114,7 +115,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  const int64_t fit = clamp(l2 / 2 / (nr * steps * element), 1, kMaxBlockN);
+  const int64_t fit = clamp(l2 / (p.b_is_weight ? 2 : 4) / (nr * steps * element), 1, kMaxBlockN);
   plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
@@ -122,7 +123,6 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 4) / (mr * steps * element), 1, tiles_m);
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
-  (void)p;
 }
 
 // The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
@@ -266,6 +266,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   Plan plan;
   plan.kernel = &kernels.for_dtype(p.dtype);
   plan.isa = kernels.isa;
+  plan.streams = !p.pool && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
   // Of an accumulator, and of an element of a panel: KR operands are as wide.
   const int64_t element = dtype_size(plan.kernel->dtype);
   choose_operands(p, plan, element);
@@ -303,6 +304,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
           " by chains of " + number(plan.kc) + ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   text += "\nk_slices=" + number(plan.slices);
+  text += std::string("\nstores=") + (plan.streams ? "past the caches, where whole lines are" : "through the caches");
   text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +
           ", m " + number(plan.part_m) + ", n " + number(plan.part_n) + "): " + number(work) +
           " multiply-adds, a thread is worth " + number(static_cast<int64_t>(kWorkPerThread));

@@ -45,6 +45,7 @@ struct Plan {
   Tiling m, n;
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
+  bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves

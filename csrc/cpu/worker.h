@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 
+#include "fetch_ahead.h"
 #include "plan.h"
 
 namespace conv1x1 {
@@ -58,6 +59,7 @@ class Worker {
     transcendental_ = !masks_from_output(p_.activation);
     // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
     whole_out_ = p_.out_dtype == kernel_.dtype;
+    streams_ = plan.streams && whole_out_ && !transcendental_;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
     if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
     constexpr double inf = std::numeric_limits<double>::infinity();
@@ -256,12 +258,40 @@ class Worker {
             const Range js = next(jc, plan_.block_n, reach_.end);
             first_b_ = js.begin;
             if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
+            look_ahead(is, next(ic + plan_.block_m, plan_.block_m, m.end), js, k0, nk, begin, end);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
           k0 += plan_.k_step;
         } while (k0 < end);
       }
     }
+  }
+
+  void fetch_a(const Range& is, int64_t k0, int64_t nk, bool near = false) {
+    if (p_.a_is_weight || is.begin >= is.end) return;
+    const int64_t begin = plan_.m[is.begin].start, end = plan_.m[is.end - 1].start + plan_.m[is.end - 1].size;
+    ahead_.add(p_.a, group_, dtype_size(p_.dtype), p_.a.row, begin, end - begin, p_.a.col, k0, nk, near);
+  }
+  void fetch_b(const Range& js, int64_t k0, int64_t nk) {
+    if (p_.b_is_weight || js.begin >= js.end) return;
+    const int64_t begin = plan_.n[js.begin].start, end = plan_.n[js.end - 1].start + plan_.n[js.end - 1].size;
+    ahead_.add(p_.b, group_, dtype_size(p_.dtype), p_.b.col, begin, end - begin, p_.b.row, k0, nk, false);
+  }
+
+  // What will be read from memory after block (is, js, k0): rows of A that its own tiles read in place, and the blocks
+  // that come next in rectangle()'s loops.
+  void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
+                  int64_t end) {
+    ahead_.clear();
+    const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
+    if (a_rows) fetch_a({is.begin + 2, is.end}, k0, nk, true);
+    if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
+    if (k0 + nk < end) {
+      const int64_t then = k0 + nk, size = end - then < plan_.k_step ? end - then : plan_.k_step;
+      if (!a_rows) fetch_a(is, then, size);
+      return fetch_b(next(reach_.begin, plan_.block_n, reach_.end), then, size);
+    }
+    fetch_a(next_is, begin, end - begin < plan_.k_step ? end - begin : plan_.k_step);
   }
 
   // What every row of tiles asks of a column of tiles, worked out once a block.
@@ -317,6 +347,7 @@ class Worker {
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
     prepare_columns(js, k0);
+    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
     for (int64_t i = is.begin; i < is.end; ++i) {
       const Tiling::Tile ti = plan_.m[i];
       TileArgs args;
@@ -334,6 +365,7 @@ class Worker {
         args.b = c.b;
         args.ldb = c.ldb;
         args.n = c.tile.size;
+        ahead_.share(tiles_left--, args);
         args.c_in = first ? nullptr : sum;
         args.ld_in = kernel_.nr;
         if (last) {
@@ -392,7 +424,13 @@ class Worker {
       out = out_element(d.data, group_ * d.group_stride + row.offset + c.out);
       ld = row.stride;
       e.store = half_store_;
-      prefetch_out(out, ld, ti.size, tj.size);
+      const int64_t size = dtype_size(p_.out_dtype);
+      const bool whole_lines = ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(ld * size)) & 63) == 0 &&
+                               tj.size * size % 64 == 0;
+      if (streams_ && whole_lines)
+        e.store = Store::kStream;
+      else
+        prefetch_out(out, ld, ti.size, tj.size);
     }
     if (aux_in_place && (whole_out_ || direct)) {
       e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
@@ -442,10 +480,11 @@ class Worker {
   Column columns_[kMaxBlockN];
   T *block_a_, *block_b_, *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
+  FetchAhead ahead_;
   int64_t tile_, group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;
   int storage_, out_storage_;
   Store half_store_ = Store::kAsIs;
-  bool carried_, whole_out_, half_out_, transcendental_, first_n_share_ = true;
+  bool carried_, streams_, whole_out_, half_out_, transcendental_, first_n_share_ = true;
 };
 
 }  // namespace conv1x1

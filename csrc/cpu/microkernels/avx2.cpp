@@ -57,6 +57,7 @@ struct Avx2Float32 {
   static Reg load(const T* p) { return _mm256_loadu_ps(p); }
   static Reg load(const T* p, Mask m) { return _mm256_maskload_ps(p, m.lanes); }
   static void store(T* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static void stream(T* p, Reg x) { _mm256_stream_ps(p, x); }
   static void store(T* p, Reg x, Mask m) {
     if (m.full)  // a masked store is microcoded on some AMD cores
       store(p, x);
@@ -87,6 +88,7 @@ struct Avx2Float64 {
   static Reg load(const T* p) { return _mm256_loadu_pd(p); }
   static Reg load(const T* p, Mask m) { return _mm256_maskload_pd(p, m.lanes); }
   static void store(T* p, Reg x) { _mm256_storeu_pd(p, x); }
+  static void stream(T* p, Reg x) { _mm256_stream_pd(p, x); }
   static void store(T* p, Reg x, Mask m) {
     if (m.full)
       store(p, x);

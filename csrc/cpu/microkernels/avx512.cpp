@@ -35,6 +35,7 @@ struct Avx512Float64 {
   static Reg load(const T* p) { return _mm512_loadu_pd(p); }
   static Reg load(const T* p, Mask m) { return _mm512_maskz_loadu_pd(m, p); }
   static void store(T* p, Reg x) { _mm512_storeu_pd(p, x); }
+  static void stream(T* p, Reg x) { _mm512_stream_pd(p, x); }
   static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_pd(p, m, x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }

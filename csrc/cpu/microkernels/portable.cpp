@@ -31,6 +31,7 @@ struct PortableVector {
     return r;
   }
   static void store(T* p, Reg x) { *reinterpret_cast<Reg*>(p) = x; }
+  static void stream(T* p, Reg x) { store(p, x); }
   static void store(T* p, Reg x, Mask n) {
     if (n == WIDTH) return store(p, x);
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
