@@ -120,7 +120,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
   if (plan.a == Operand::kPackBlock)
-    plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 4) / (mr * steps * element), 1, tiles_m);
+    plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 8) / (mr * steps * element), 1, tiles_m);
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
