@@ -279,7 +279,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def run_python(code: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a fresh interpreter that can import the package and these helpers."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    emulated = os.environ.get("CONV1X1_TEST_AMX")
+    path = os.pathsep.join([*([emulated] if emulated else []), str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},

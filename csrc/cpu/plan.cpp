@@ -54,11 +54,18 @@ bool b_conflicts(const GemmProblem& p, int64_t element, int64_t m_tiles) {
   return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || p.split_k || (p.b_is_weight && pitch > 1024));
 }
 
+// AMX loads rows an even distance apart, in whole groups of steps. Rows 2 KiB (or a multiple) apart do not stay in L1
+// while the panels of B pass.
+bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_tiles) {
+  const int64_t pitch = p.a.row.inner_stride() * dtype_size(p.dtype);
+  return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0 && (pitch % 2048 != 0 || n_tiles < 4);
+}
+
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
   const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
   plan.prepacked = weight_a || weight_b;
-  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, 1, kernel.mr);
+  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
 
   // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
@@ -80,10 +87,16 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.a = Operand::kDirect;
   else
     plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
+  if (kernel.ks > 1) {
+    if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel, plan.n.count()))
+      plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
+    plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
+  }
 }
 
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
-  plan.kc = p.narrow ? kNarrowChain : kChain;
+  const int64_t k_block = plan.kernel->k_block;
+  plan.kc = k_block ? k_block : (p.narrow ? kNarrowChain : kChain);
   plan.slice = p.k;
   if (p.split_k) {
     const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
@@ -98,6 +111,9 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), plan.kc);
+  plan.k_piece = plan.k_step;
+  if (k_block)  // of nearly equal length, in whole groups of steps
+    plan.k_piece = round_up(ceil_div(plan.k_step, ceil_div(plan.k_step, k_block)), kr * plan.kernel->ks);
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
@@ -126,7 +142,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   // Pooled pixels of one image stay with one thread: their sum has one order.
   const int64_t units_m = p.pool && !p.pool_along_n ? plan.m.segments : plan.m.count();
   const int64_t units_n = p.pool && p.pool_along_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double tile = 12, pack_a = plan.a == Operand::kDirect ? 0 : 3, pack_b = plan.b == Operand::kDirect ? 0 : 12;
+  const double tile = plan.kernel->ks > 1 ? 2 : 12, pack_a = plan.a == Operand::kDirect ? 0 : 3,
+               pack_b = plan.b == Operand::kDirect ? 0 : 12;
   // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
   const auto packing = [&](Operand how, double cost, int64_t units, int64_t own, int others, int64_t times) {
     if (how == Operand::kPackOnce)
@@ -191,8 +208,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   }
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * mr * steps * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * nr * steps * element);
-  const int64_t carried = plan.k_step < plan.slice ? plan.block_m * plan.reach_n : 0;
-  plan.accumulators = bytes((carried + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
+  plan.accumulators = bytes((plan.kept() + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
@@ -280,7 +296,9 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
-          " by chains of " + number(plan.kc) + ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
+          (plan.kernel->k_block ? " by pieces of " + number(plan.k_piece) + " that fit in L1"
+                                : " by chains of " + number(plan.kc)) +
+          ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   text += "\nk_slices=" + number(plan.slices);
   text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +
           ", m " + number(plan.part_m) + ", n " + number(plan.part_n) + "): " + number(work) +
