@@ -60,7 +60,9 @@ def build_extension(name: str, sources: list[Path], cflags: list[str], python_mo
 
 
 @functools.cache
-def load_table(name: str = "table", more_sources: tuple[Path, ...] = (), more_flags: tuple[str, ...] = ()) -> ModuleType:
+def load_table(
+    name: str = "table", more_sources: tuple[Path, ...] = (), more_flags: tuple[str, ...] = ()
+) -> ModuleType:
     """The table's module: ``list()``, ``run(...)``, ``time(...)``, ``activate(...)``; see csrc/cpu/table_pybind.cpp."""
     config = build_config()
     sources = [config.CSRC / source for source in config.TABLE_SOURCES]

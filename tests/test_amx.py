@@ -135,7 +135,15 @@ def test_long_sums(environment):
     """Several pieces of k, accumulators kept between them, between packed blocks, and slices: every route of a plan."""
     code = LONG.format(seed=torch.initial_seed() % (1 << 31))
     seen = expect_ok(run_python(code, **environment)).strip().split("; ")
-    routes = {"A packed by block", "A packed once", "A read in place", "B packed by block", "carried", "pieces", "slices"}
+    routes = {
+        "A packed by block",
+        "A packed once",
+        "A read in place",
+        "B packed by block",
+        "carried",
+        "pieces",
+        "slices",
+    }
     assert routes <= set(seen), seen
 
 

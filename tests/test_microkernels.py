@@ -1,6 +1,9 @@
 """Every microkernel by itself, by the pybind11 table: all m <= MR and n <= NR, nothing touched outside the tile."""
 
+import ctypes
 import math
+import mmap
+import sys
 
 import pytest
 import torch
@@ -197,6 +200,48 @@ def test_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
         torch.testing.assert_close(actual, total, rtol=0, atol=0, equal_nan=True)
         out[: tile.m, :n] = 0x1234
         assert (out == 0x1234).all(), "written outside the tile"
+
+
+class Guarded:
+    """Memory that ends where the process may not go; an access beyond it ends the test run."""
+
+    def __init__(self):
+        self.kept, self.libc = [], ctypes.CDLL(None)
+
+    def __call__(self, array):
+        """A copy of `array` that ends at the end of the memory."""
+        page = mmap.PAGESIZE
+        size = -(-array.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        whole = np.frombuffer(memory, np.uint8)
+        self.kept.append((memory, whole))
+        assert self.libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(page), 0) == 0
+        copy = whole[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as on Linux")
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+def test_nothing_behind_the_operands_is_touched(table, kernel, rng, rows):
+    step = 2 * kernel["kr"] * kernel["ks"]
+    sizes = {1, 2, kernel["mr"] // 2 - 1, kernel["mr"] // 2, kernel["mr"] // 2 + 1, kernel["mr"] - 1, kernel["mr"]}
+    for m in sorted(sizes - {0}):
+        for n in sorted({1, kernel["vector"] - 1, kernel["vector"], kernel["vector"] + 1, kernel["nr"]} - {0}):
+            guarded = Guarded()
+            tile = Tile(rng, kernel, rows, m, n, step)
+            exact, bound = tile.reference()
+            a, b = tile.operands()
+            # What is contracted of B ends with column n, in panels with the vector that has it.
+            width = n if kernel["ks"] == 1 else -(-n // kernel["vector"]) * kernel["vector"]
+            out, c_in = np.zeros((m, n), kernel["dtype"]), random(rng, (m, n), kernel)
+            given = {"bias_m": random(rng, (m,), kernel), "bias_n": random(rng, (n,), kernel)}
+            given |= {"c_in": c_in, "residual": random(rng, (m, n), kernel)}
+            total = exact + sum(v[:, None] if name == "bias_m" else v for name, v in given.items())
+            given = {name: guarded(v) for name, v in given.items()}
+            a, b, out = guarded(a), guarded(np.ascontiguousarray(b[:, :width])), guarded(out)
+            table.run(kernel["name"], rows, a, b, out, n, lower=-math.inf, upper=math.inf, with_epilogue=True, **given)
+            check(out, total, bound + 100 * np.finfo(kernel["dtype"]).eps)
 
 
 def activation_reference(name, x):

@@ -26,9 +26,10 @@
 //
 //   kCols  A(i, k) = a[(k / KS * lda + i) * KS + k % KS]
 //
-// panels of A and of B are filled up with zeros to whole KS, `k` counts whole KS, columns of a panel past n are read
-// (and their results thrown away), and the accumulators begin with c_in: the chain goes on, wherever calls cut it, and
-// `chain` and `partial` are ignored. Around such calls stand `enter` and `leave`, once per thread.
+// rows in memory lie an even distance apart, panels of A and of B are filled up with zeros to whole KS, `k` counts
+// whole KS, columns of a panel past n are read (and their results thrown away), and the accumulators begin with c_in:
+// the chain goes on, wherever calls cut it, and `chain` and `partial` are ignored. Around such calls stand `enter` and
+// `leave`, once per thread.
 #pragma once
 
 #include <cstddef>

@@ -121,7 +121,8 @@ __attribute__((target("avx512f,avx512bw"), noinline)) void multiply(Tile& c, con
 void tdpbf16ps(int dst, int src1, int src2) {
   const char* name = "tdpbf16ps";
   Tile &c = tile(name, dst), &a = tile(name, src1), &b = tile(name, src2);
-  if (dst == src1 || dst == src2 || src1 == src2) fault("%s: tmm%d, tmm%d, tmm%d: not three tiles", name, dst, src1, src2);
+  if (dst == src1 || dst == src2 || src1 == src2)
+    fault("%s: tmm%d, tmm%d, tmm%d: not three tiles", name, dst, src1, src2);
   if (c.row_bytes % 4 || a.row_bytes % 4 || b.row_bytes % 4) fault("%s: rows that are no whole pairs", name);
   if (c.rows != a.rows) fault("%s: C has %d rows, A %d", name, c.rows, a.rows);
   if (a.row_bytes / 4 != b.rows) fault("%s: A has %d pairs in a row, B %d rows", name, a.row_bytes / 4, b.rows);
@@ -196,7 +197,8 @@ int emulate(const unsigned char* code, const greg_t* registers) {
   if (r) fault("opcode %#x: there is no tmm%d", opcode, reg + 8);
   const unsigned char* p = code + 5;
   if (opcode == 0x5c || opcode == 0x5e) {
-    if (opcode != 0x5c || prefix != 2 || mod != 3) fault("opcode %#x, prefix %d: a product that is not emulated", opcode, prefix);
+    if (opcode != 0x5c || prefix != 2 || mod != 3)
+      fault("opcode %#x, prefix %d: a product that is not emulated", opcode, prefix);
     tdpbf16ps(reg, rm | b << 3, vvvv);
     ++counts[kTdpbf16ps];
     return 5;
