@@ -1,7 +1,7 @@
 """Seeds, threads, the device and the microkernel table for the whole suite.
 
 Inputs are random and fresh in every session; the header prints CONV1X1_TEST_SEED, which repeats a failure.
-CONV1X1_TEST_AMX is tests/test_amx.py's: the folder of a library whose AMX instructions are emulated, to be tested instead.
+CONV1X1_TEST_AMX is set by tests/test_amx.py: the folder of a library with emulated AMX, to be tested instead.
 CONV1X1_TEST_DEVICE=cuda makes every tensor and module on that device; what only a CPU has is skipped there, with the
 reason. hypothesis and expecttest may be missing: the tests that need them are skipped, and say so.
 """
@@ -73,6 +73,7 @@ def seed_and_threads(request):
 def table(tmp_path_factory):
     """The pybind11 module of the microkernels; one worker builds it, the others wait on its build lock."""
     from amx import build
+
     from bench.microkernel_table import load_table
 
     return build.table() if EMULATED_AMX else load_table()

@@ -36,8 +36,8 @@ def environment():
     return {"CONV1X1_ISA": "avx512_amx", "CONV1X1_TEST_AMX": str(build.package())}
 
 
-# The suite's own tests, of bfloat16 alone: every layout, stride, group count and tail, masks, dbias, residuals, pooling,
-# prepacked weights, equal bits for any thread count, batch and alignment, the errors' bounds.
+# The suite's own tests, mostly those of bfloat16: every layout, stride, group count and tail, masks, dbias, residuals,
+# pooling, prepacked weights, equal bits for any thread count, batch and alignment, the errors' bounds.
 PARTS = {
     "kernel": ("test_microkernels.py", "avx512_amx"),
     "fprop": ("test_fprop.py", "bfloat16"),
@@ -47,6 +47,7 @@ PARTS = {
     "prepack": ("test_prepack.py", "bfloat16"),
     "packed weight": ("test_packed_weight.py", "bfloat16"),
     "avg pool": ("test_avg_pool.py", "bfloat16"),
+    "edges": ("test_edges.py", ""),
     "strides": ("test_strides.py", "bfloat16"),
     "isa": ("test_isa.py", "avx512_amx or default or explain"),
 }
@@ -154,7 +155,8 @@ x = randn((3, 70, 9, 9), torch.bfloat16).contiguous(memory_format=torch.channels
 w = randn((50, 70, 1, 1), torch.bfloat16)
 expected = conv1x1_ext.conv1x1(x, w)
 same = []
-workers = [threading.Thread(target=lambda: same.append(same_bits(expected, conv1x1_ext.conv1x1(x, w)))) for _ in range(6)]
+compare = lambda: same.append(same_bits(expected, conv1x1_ext.conv1x1(x, w)))
+workers = [threading.Thread(target=compare) for _ in range(6)]
 for t in workers: t.start()
 for t in workers: t.join()
 assert same == [True] * 6
@@ -236,7 +238,7 @@ def plus(x, y):
 
 
 def product_reference(c, a, b):
-    """tdpbf16ps as its manual writes it, in exact fractions: chains of the even and of the odd k, joined, added to C."""
+    """tdpbf16ps as its manual writes it, in fractions: chains of the even and of the odd k, joined, added to C."""
     out = c.copy()
     for m in range(c.shape[0]):
         for n in range(c.shape[1]):
