@@ -80,6 +80,14 @@ using TileFn = void (*)(const TileArgs&);
 // those of A with KS > 1, the groups of KS steps are k-major and the steps in them r-major.
 using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                         int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
+// The same for several k-major panels side by side, a row of the source (one k) at a time: a segment is where `length`
+// of its elements, next to each other, go. Step 0 goes to dst, step s to dst + s * ld; `zeros` follow.
+struct Segment {
+  void* dst;
+  int64_t ld, offset, aux_offset, length, zeros;
+};
+using PackRowsFn = void (*)(const Segment* segments, int count, const void* src, const void* aux, const Axis& axis_k,
+                            int64_t k0, int64_t nk, Mask mask);
 // dst(row r0 + i, col c0 + j) = tile[i * ld + j], converting.
 using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, const Axis& col, int64_t c0, int64_t nc,
                           const void* tile, int64_t ld);
@@ -102,7 +110,8 @@ struct Microkernel {
   // Indexed by the dtype in memory; null where the pair makes no sense.
   PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
   PackFn pack_b[4];     // k-major
-  PackFn gather[4];     // r-major, to the accumulators' dtype: bias, residual
+  PackRowsFn pack_rows[4];
+  PackFn gather[4];  // r-major, to the accumulators' dtype: bias, residual
   UnpackFn unpack[4];
   SumRowsFn sum_rows;
   ActivateFn activate;

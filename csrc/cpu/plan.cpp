@@ -15,8 +15,9 @@ namespace {
 
 // Length of an accumulator chain. 128 is 1 to 2 % faster than 64, 32 is 4 to 10 % slower; but with 128 errors were up
 // to 3 times stock torch's (which sums narrow layers in many short chains), with 64 up to 3 times for narrow ones
-// alone.
-constexpr int64_t kChain = 64, kNarrowChain = 32;
+// alone. The half types' results are rounded far more coarsely than their sums in float32 (joining chains of 64 costs
+// AVX512-BF16 a tenth of its rate).
+constexpr int64_t kChain = 64, kNarrowChain = 32, kHalfChain = 256;
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
@@ -54,6 +55,12 @@ bool b_conflicts(const GemmProblem& p, int64_t element, int64_t m_tiles) {
   return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || p.split_k || (p.b_is_weight && pitch > 1024));
 }
 
+// A tile of A read along m is a narrow strip of lines, k of them; rows a multiple of 1 KiB apart leave it a few cache
+// sets, and every tile of n would fetch it from L3 again.
+bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
+  return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
+}
+
 // AMX loads rows an even distance apart, in whole groups of steps. Rows 2 KiB (or a multiple) apart do not stay in L1
 // while the panels of B pass.
 bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_tiles) {
@@ -81,7 +88,8 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool unit_k = p.a.col.inner_stride() == 1;
   plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
   const bool a_rows = unit_k && p.a.col.linear() && p.k % kernel.kr == 0;
-  const bool a_cols = !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() && p.a.row.inner_stride() == 1;
+  const bool a_cols = !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() &&
+                      p.a.row.inner_stride() == 1 && !a_conflicts(p, element, plan.n.count());
   // Sums of A's rows are taken from packed panels.
   if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !p.row_sums.data && (a_rows || a_cols))
     plan.a = Operand::kDirect;
@@ -95,8 +103,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
 }
 
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
-  const int64_t k_block = plan.kernel->k_block;
-  plan.kc = k_block ? k_block : (p.narrow ? kNarrowChain : kChain);
+  plan.kc = dtype_size(p.dtype) == 2 ? kHalfChain : p.narrow ? kNarrowChain : kChain;
   plan.slice = p.k;
   if (p.split_k) {
     const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
@@ -110,7 +117,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
       p.split_k ? 3 * packed_k / 2 : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
-    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), plan.kc);
+    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), kChain);
+  const int64_t k_block = plan.kernel->k_block;
   plan.k_piece = plan.k_step;
   if (k_block)  // of nearly equal length, in whole groups of steps
     plan.k_piece = round_up(ceil_div(plan.k_step, ceil_div(plan.k_step, k_block)), kr * plan.kernel->ks);
@@ -133,22 +141,29 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   (void)p;
 }
 
-// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do.
+// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
+// two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
   const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));
   plan.part_g = plan.part_k = plan.part_m = plan.part_n = plan.threads = 1;
   if (threads == 1) return;
   // Pooled pixels of one image stay with one thread: their sum has one order.
-  const int64_t units_m = p.pool && !p.pool_along_n ? plan.m.segments : plan.m.count();
-  const int64_t units_n = p.pool && p.pool_along_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double tile = plan.kernel->ks > 1 ? 2 : 12, pack_a = plan.a == Operand::kDirect ? 0 : 3,
-               pack_b = plan.b == Operand::kDirect ? 0 : 12;
+  const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
+  const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
+  const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
+  const double multiply = plan.kernel->ks > 1 ? 1.0 / 32 : 0.5;
+  // Cycles to read and, where it is packed, to pack an element: weights come from caches, activations from memory.
+  const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
+    const double read = (weight ? 0.1 : 0.5) * (aux ? 2 : 1);
+    return how == Operand::kDirect ? read : read + (transposes ? 1 : 0.5);
+  };
+  const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
+  const double cost_b = cost_of(plan.b, p.b_is_weight, p.b.col.inner_stride() != 1, p.b.aux);
   // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
-  const auto packing = [&](Operand how, double cost, int64_t units, int64_t own, int others, int64_t times) {
-    if (how == Operand::kPackOnce)
-      return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(units) * cost / threads;
-    return static_cast<double>(own * times) * cost;
+  const auto bring = [&](Operand how, double cost, int64_t all, int64_t own, int others, int64_t times) {
+    if (how != Operand::kPackOnce) return static_cast<double>(own * times) * cost;
+    return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(all) * cost / threads;
   };
   double best = 1e300;
   const int most_g = static_cast<int>(std::min<int64_t>(p.groups, threads));
@@ -158,11 +173,14 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
       const int most_m = static_cast<int>(std::min<int64_t>(units_m, threads / (g * k)));
       for (int m = 1; m <= most_m; ++m) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
-        const int64_t tm = ceil_div(units_m, m), tn = ceil_div(units_n, n);
-        const double cost =
-            static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-            (static_cast<double>(tm * tn) * tile + packing(plan.a, pack_a, units_m, tm, n, ceil_div(tn, plan.reach_n)) +
-             packing(plan.b, pack_b, units_n, tn, m, ceil_div(tm, plan.block_m)));
+        const int64_t tm = ceil_div(units_m, m) * (images_m ? plan.m.per_segment : 1);
+        const int64_t tn = ceil_div(units_n, n) * (images_n ? plan.n.per_segment : 1);
+        const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(plan.n.most(tn), 1);
+        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+                            (static_cast<double>(rows * vectors) * multiply +
+                             bring(plan.a, cost_a, p.m, rows, n,
+                                   ceil_div(tn, plan.a == Operand::kDirect ? plan.block_n : plan.reach_n)) +
+                             bring(plan.b, cost_b, p.n, vectors * plan.n.unit, m, ceil_div(tm, plan.block_m)));
         if (cost < best * 0.999) {
           best = cost;
           plan.part_g = g;
@@ -206,8 +224,11 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
     if (plan.a == Operand::kPackOnce) plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element);
     if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
   }
-  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * mr * steps * element);
-  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * nr * steps * element);
+  // A line apart from a round distance, at which panels written side by side would share cache sets.
+  plan.panel_a = mr * steps + 64 / element;
+  plan.panel_b = nr * steps + 64 / element;
+  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * plan.panel_a * element);
+  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   plan.accumulators = bytes((plan.kept() + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
@@ -227,7 +248,9 @@ std::string reason_a(const GemmProblem& p, const Plan& plan) {
   if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.a.aux) return "masked by the saved output";
   if (p.row_sums.data) return "the bias gradient is summed from the panels";
-  return plan.kernel->kr > 1 ? "pairs along k interleaved" : "its strides do not suit the microkernel";
+  if (plan.kernel->kr > 1) return "pairs along k interleaved";
+  return plan.a_access == AccessA::kCols && p.a.row.inner_stride() == 1 ? "its columns fall into few cache sets"
+                                                                        : "its strides do not suit the microkernel";
 }
 
 std::string reason_b(const GemmProblem& p, const Plan& plan) {
@@ -250,8 +273,6 @@ Tiling::Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max
   segments = total / segment;
   vectors = ceil_div(segment, unit);
   per_segment = ceil_div(vectors, max_units);
-  least = vectors / per_segment;
-  longer = vectors - per_segment * least;
 }
 
 int64_t Plan::per_thread() const { return block_a + block_b + accumulators; }

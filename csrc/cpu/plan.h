@@ -13,22 +13,25 @@ namespace conv1x1 {
 
 enum class Operand : int { kDirect, kPackOnce, kPackBlock };
 
-// m or n cut into segments, and each segment into tiles of nearly equal numbers of vectors.
+// m or n cut into segments, and each segment into tiles whose numbers of vectors differ by one at most, the longer ones
+// spread evenly, so that any run of tiles is a fair share.
 struct Tiling {
   int64_t segment = 0, segments = 0, unit = 1, vectors = 0, per_segment = 0;
-  int64_t least = 0, longer = 0;  // vectors of a tile, and how many tiles have one more
 
   Tiling() = default;
   Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units);
   int64_t count() const { return segments * per_segment; }
   int64_t padded() const { return segments * vectors * unit; }  // with every segment rounded up to whole vectors
+  int64_t most(int64_t tiles) const {                           // units in that many tiles in a row, at most
+    return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
+  }
 
   struct Tile {
     int64_t start, size, padded_start, padded_size, segment;
   };
   Tile operator[](int64_t t) const {
     const int64_t s = segments == 1 ? 0 : t / per_segment, j = t - s * per_segment;
-    const int64_t first = j * least + (j < longer ? j : longer), units = least + (j < longer ? 1 : 0);
+    const int64_t first = j * vectors / per_segment, units = (j + 1) * vectors / per_segment - first;
     const int64_t at = first * unit, left = segment - at;
     return {s * segment + at, units * unit < left ? units * unit : left, (s * vectors + first) * unit, units * unit, s};
   }
@@ -50,6 +53,7 @@ struct Plan {
   int64_t k_piece = 0;               // k that a row of tiles walks before the next piece: k_step, or what L1 holds
   int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
+  int64_t panel_a = 0, panel_b = 0;  // elements from panel to panel of a packed block
   // workspace, in bytes
   int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
   int64_t steps(int64_t k) const {  // of the microkernel, in panels; whole groups of KS

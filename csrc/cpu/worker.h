@@ -68,11 +68,11 @@ class Worker {
   void pack_once(int part, int parts) {
     if (plan_.a == Operand::kPackOnce) {
       const Range r = share(p_.groups * plan_.m.count(), parts, part);
-      for (int64_t i = r.begin; i < r.end; ++i) pack_a(i / plan_.m.count(), plan_.m[i % plan_.m.count()], 0, p_.k);
+      for (int64_t i = r.begin; i < r.end; ++i) pack_a(i / plan_.m.count(), i % plan_.m.count(), 0, p_.k);
     }
     if (plan_.b == Operand::kPackOnce) {
       const Range r = share(p_.groups * plan_.n.count(), parts, part);
-      for (int64_t j = r.begin; j < r.end; ++j) pack_b(j / plan_.n.count(), plan_.n[j % plan_.n.count()], 0, p_.k);
+      for (int64_t j = r.begin; j < r.end; ++j) pack_b(j / plan_.n.count(), j % plan_.n.count(), 0, p_.k);
     }
   }
 
@@ -147,61 +147,85 @@ class Worker {
     return reinterpret_cast<T*>(shared_.partials) + (slice * p_.groups * p_.m + row) * p_.n;
   }
 
-  // Where a packed tile lies. Packed once: by its place in the matrix; by block: by its place in the block.
-  T* packed_a(int64_t group, const Tiling::Tile& t) const {
+  // Where packed tile i lies. Packed once: by its place in the matrix; by block: by its place in the block.
+  T* packed_a(int64_t group, int64_t i) const {
     if (plan_.a == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + t.start) * plan_.steps(p_.k);
-    return block_a_ + (t.start - block_a_start_) * plan_.steps(plan_.k_step);
+      return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + plan_.m[i].start) * plan_.steps(p_.k);
+    return block_a_ + (i - first_a_) * plan_.panel_a;
   }
-  T* packed_b(int64_t group, const Tiling::Tile& t) const {
+  T* packed_b(int64_t group, int64_t j) const {
     if (plan_.b == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_b) + (group * plan_.n.padded() + t.padded_start) * plan_.steps(p_.k);
-    return block_b_ + (t.padded_start - block_b_start_) * plan_.steps(plan_.k_step);
+      return reinterpret_cast<T*>(shared_.once_b) +
+             (group * plan_.n.padded() + plan_.n[j].padded_start) * plan_.steps(p_.k);
+    return block_b_ + (j - first_b_) * plan_.panel_b;
   }
   int64_t ld_packed_a(const Tiling::Tile& t) const {
     if (plan_.a_access == AccessA::kCols) return t.size;
     return plan_.steps(plan_.a == Operand::kPackOnce ? p_.k : plan_.k_step);
   }
 
-  // k [k0, k0 + nk) of a tile, to where step `at` of its panel lies. A whole panel, or, k-major, a piece.
-  void pack_a(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk, int64_t at = 0) {
-    const Matrix& a = p_.a;
+  const void* source(const Matrix& matrix, int64_t group) const {
+    return element(matrix.data, group * matrix.group_stride);
+  }
+  const void* aux_source(const Matrix& matrix, int64_t group) const {
+    return matrix.aux ? element(matrix.aux, group * matrix.aux_group_stride) : nullptr;
+  }
+  Mask mask_of(const Matrix& matrix) const { return matrix.aux ? p_.mask : Mask::kNone; }
+
+  // k [k0, k0 + nk) of a tile.
+  void pack_a(int64_t group, int64_t i, int64_t k0, int64_t nk) {
     const PackFn fn = kernel_.pack_a[static_cast<int>(plan_.a_access)][storage_];
-    const int64_t ld = ld_packed_a(t);
-    fn(packed_a(group, t) + at * ld, ld, element(a.data, group * a.group_stride),
-       a.aux ? element(a.aux, group * a.aux_group_stride) : nullptr, a.row, t.start, t.size, a.col, k0, nk,
-       a.aux ? p_.mask : Mask::kNone);
+    const Tiling::Tile t = plan_.m[i];
+    fn(packed_a(group, i), ld_packed_a(t), source(p_.a, group), aux_source(p_.a, group), p_.a.row, t.start, t.size,
+       p_.a.col, k0, nk, mask_of(p_.a));
+  }
+  void pack_b(int64_t group, int64_t j, int64_t k0, int64_t nk) {
+    const Tiling::Tile t = plan_.n[j];
+    kernel_.pack_b[storage_](packed_b(group, j), t.padded_size, source(p_.b, group), aux_source(p_.b, group), p_.b.col,
+                             t.start, t.size, p_.b.row, k0, nk, mask_of(p_.b));
   }
 
-  void pack_b(int64_t group, const Tiling::Tile& t, int64_t k0, int64_t nk, int64_t at = 0) {
-    const Matrix& b = p_.b;
-    kernel_.pack_b[storage_](packed_b(group, t) + at * t.padded_size, t.padded_size,
-                             element(b.data, group * b.group_stride),
-                             b.aux ? element(b.aux, group * b.aux_group_stride) : nullptr, b.col, t.start, t.size,
-                             b.row, k0, nk, b.aux ? p_.mask : Mask::kNone);
-  }
-
-  // Packs a block's tiles. Where k-major panels come from a source whose lines run across tiles that are no whole lines
-  // wide (A's, and B's of half types), a few of its rows at a time are packed for all tiles, so that a line is met
-  // once.
-  template <class Pack>
-  static void pack_tiles(const Range& tiles, int64_t k0, int64_t nk, bool across, const Pack& pack) {
-    constexpr int64_t kRows = 32;
-    const int64_t piece = across ? kRows : (nk > 0 ? nk : 1);
-    for (int64_t k = 0; k < nk; k += piece)
-      for (int64_t t = tiles.begin; t < tiles.end; ++t) pack(t, k0 + k, nk - k < piece ? nk - k : piece, k);
+  // All tiles of a block at once, one row of the source after the other, where its lines run across the tiles: memory
+  // is read as it lies. False where they do not. `panel(t)` is where a tile's panel begins.
+  template <class Panel>
+  bool pack_rows(const Range& tiles, const Tiling& tiling, const Matrix& matrix, const Axis& across, const Axis& axis_k,
+                 int64_t k0, int64_t nk, const Panel& panel) {
+    if (across.inner_stride() != 1 || (matrix.aux && across.aux_stride[across.nd - 1] != 1)) return false;
+    if (kernel_.kr > 1 && !axis_k.linear()) return false;
+    constexpr int kMost = 64;
+    Segment segments[kMost];
+    int count = 0;
+    const auto flush = [&] {
+      kernel_.pack_rows[storage_](segments, count, source(matrix, group_), aux_source(matrix, group_), axis_k, k0, nk,
+                                  mask_of(matrix));
+      count = 0;
+    };
+    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const Tiling::Tile tile = tiling[t];
+      const int64_t ld = &tiling == &plan_.m ? tile.size : tile.padded_size;
+      for (int64_t r = 0; r < tile.size;) {
+        const Run run = run_at(across, tile.start + r, tile.size - r);
+        const int64_t end = r + run.length;
+        segments[count++] = {panel(t) + r, ld, run.offset, run.aux_offset, run.length, end < tile.size ? 0 : ld - end};
+        r = end;
+        if (count == kMost) flush();
+      }
+    }
+    if (count > 0) flush();
+    return true;
   }
 
   void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
-    const bool across = plan_.a_access == AccessA::kCols && p_.a.row.inner_stride() == 1;
-    pack_tiles(is, k0, nk, across,
-               [&](int64_t i, int64_t k, int64_t n, int64_t at) { pack_a(group_, plan_.m[i], k, n, at / kernel_.kr); });
+    if (plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
+        pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); }))
+      return;
+    for (int64_t i = is.begin; i < is.end; ++i) pack_a(group_, i, k0, nk);
   }
 
   void pack_block_b(const Range& js, int64_t k0, int64_t nk) {
-    const bool across = dtype_size(p_.dtype) == 2 && p_.b.col.inner_stride() == 1;
-    pack_tiles(js, k0, nk, across,
-               [&](int64_t j, int64_t k, int64_t n, int64_t at) { pack_b(group_, plan_.n[j], k, n, at / kernel_.kr); });
+    if (pack_rows(js, plan_.n, p_.b, p_.b.col, p_.b.row, k0, nk, [&](int64_t j) { return packed_b(group_, j); }))
+      return;
+    for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, j, k0, nk);
   }
 
   // Adds the sums of the packed tiles' rows to this slice's row sums.
@@ -209,7 +233,7 @@ class Worker {
     double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;
     for (int64_t i = is.begin; i < is.end; ++i) {
       const Tiling::Tile t = plan_.m[i];
-      kernel_.sum_rows(sums + t.start, packed_a(group_, t), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
+      kernel_.sum_rows(sums + t.start, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
     }
   }
 
@@ -224,7 +248,7 @@ class Worker {
       const bool one_block = reach_.end - reach_.begin <= plan_.block_n;
       for (int64_t ic = m.begin; ic < m.end; ic += plan_.block_m) {
         const Range is = next(ic, plan_.block_m, m.end);
-        block_a_start_ = plan_.m[is.begin].start;
+        first_a_ = is.begin;
         int64_t k0 = begin;
         do {  // once for k = 0: the epilogue of an empty sum
           const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
@@ -232,7 +256,7 @@ class Worker {
           if (p_.row_sums.data && first_n_share_ && jo == n.begin) add_row_sums(is, nk);
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
-            block_b_start_ = plan_.n[js.begin].padded_start;
+            first_b_ = js.begin;
             if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
@@ -260,7 +284,7 @@ class Worker {
         c.b = element(b.data, group_ * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
       } else {
         c.ldb = c.tile.padded_size;
-        c.b = packed_b(group_, c.tile) + (plan_.b == Operand::kPackOnce ? plan_.steps(k0) * c.ldb : 0);
+        c.b = packed_b(group_, j) + (plan_.b == Operand::kPackOnce ? plan_.steps(k0) * c.ldb : 0);
       }
       if (p_.pool) continue;
       const Run run = run_at(d.col, c.tile.start, c.tile.size);
@@ -272,7 +296,7 @@ class Worker {
   }
 
   // The A of a row of tiles from k0 + k on, k0 where a packed block begins: args.a_rows or args.a, and lda.
-  void prepare_row(const Tiling::Tile& t, int64_t k0, int64_t k, const void** rows, TileArgs& args) const {
+  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, int64_t k, const void** rows, TileArgs& args) const {
     const bool direct = plan_.a == Operand::kDirect;
     const int64_t step = plan_.steps(plan_.a == Operand::kPackOnce ? k0 + k : k);
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
@@ -285,10 +309,10 @@ class Worker {
     } else if (direct) {
       args.a = element(p_.a.data, group_ * p_.a.group_stride + (k0 + k) * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
-      const T* a = packed_a(group_, t) + step;
+      const T* a = packed_a(group_, i) + step;
       for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
     } else {
-      args.a = packed_a(group_, t) + step * args.lda;
+      args.a = packed_a(group_, i) + step * args.lda;
     }
     args.a_rows = rows;
   }
@@ -306,7 +330,7 @@ class Worker {
       args.m = ti.size;
       args.chain = plan_.steps(plan_.kc);
       args.partial = partial_;
-      prepare_row(ti, k0, k, rows, args);
+      prepare_row(i, ti, k0, k, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
@@ -432,7 +456,7 @@ class Worker {
   Column columns_[kMaxBlockN];
   T *block_a_, *block_b_, *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
-  int64_t tile_, group_ = 0, slice_ = 0, block_a_start_ = 0, block_b_start_ = 0;
+  int64_t tile_, group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;
   int storage_, out_storage_;
   Store half_store_ = Store::kAsIs;
   bool carried_, whole_out_, half_out_, transcendental_, first_n_share_ = true;

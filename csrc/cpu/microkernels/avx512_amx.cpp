@@ -60,6 +60,7 @@ Microkernel make_avx512_amx_bfloat16() {
   const int storage = static_cast<int>(DType::kBFloat16);
   kernel.pack_a[static_cast<int>(AccessA::kCols)][storage] = pack_tiled_a;
   kernel.pack_b[storage] = pack_tiled_b;
+  kernel.pack_rows[storage] = pack_tiled_rows;  // of B; panels of A have no rows of all tiles
   kernel.sum_rows = sum_tiled_rows;
   kernel.activate = activate_tile<float>;
   kernel.enter = configure_tiles;
