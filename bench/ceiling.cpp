@@ -3,10 +3,15 @@
 // the instruction set has it ("scalar" on x86-64 is SSE2: a multiply and an add). Each loop is its own function
 // compiled for its own instruction set, and only called where the CPU has it.
 //
-// A new kind of arithmetic (AMX, say) is a loop and a line in kRates.
+// A new kind of arithmetic is a loop and a line in kRates.
 #include <omp.h>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <algorithm>
@@ -69,6 +74,25 @@ __attribute__((target("avx512f,avx512bf16"))) double avx512_bfloat16(long steps,
   return 4.0 * static_cast<double>(steps) * kChains * 16;
 }
 
+// Four accumulators of 16 x 16, two tiles of A and two of B, as in the microkernel; nothing is loaded.
+double amx_bfloat16(long steps, void* sink) {
+  struct alignas(64) {
+    unsigned char palette = 1, start_row = 0, reserved[14] = {};
+    unsigned short bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } const configuration;
+  asm volatile("ldtilecfg %0" : : "m"(configuration));  // and zeros in all tiles
+  for (long s = 0; s < steps; ++s)
+    asm volatile(
+        "tdpbf16ps %tmm6, %tmm4, %tmm0\n\t"
+        "tdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm6, %tmm5, %tmm2\n\t"
+        "tdpbf16ps %tmm7, %tmm5, %tmm3");
+  asm volatile("tilerelease");
+  std::memset(sink, 0, 64);
+  return 2.0 * static_cast<double>(steps) * 4 * 16 * 16 * 32;
+}
+
 bool always() { return true; }
 bool has_avx2() {
   __builtin_cpu_init();
@@ -76,6 +100,16 @@ bool has_avx2() {
 }
 bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {  // as csrc/cpu/dispatch.cpp asks
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0, saved = 0, high = 0;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (1u << 22 | 1u << 24))) return false;
+  asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  return (saved & 3u << 17) == 3u << 17 && syscall(SYS_arch_prctl, 0x1023L, 18L) == 0;
+#else
+  return false;
+#endif
+}
 #else
 #define CONV1X1_KEEP(v) asm volatile("" : "+w"(v))
 CONV1X1_RATE_LOOP(base_float32, , float, 16, 24)
@@ -99,6 +133,7 @@ constexpr Rate kRates[] = {
     {"avx512", "float32", has_avx512, avx512_float32},
     {"avx512", "float64", has_avx512, avx512_float64},
     {"avx512_bf16", "bfloat16", has_avx512_bf16, avx512_bfloat16},
+    {"avx512_amx", "bfloat16", has_amx, amx_bfloat16},
 #else
     {"scalar", "float32", always, base_float32},
     {"scalar", "float64", always, base_float64},

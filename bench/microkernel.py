@@ -52,7 +52,10 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
         a, b = (torch.from_numpy(x).bfloat16().float().numpy() for x in (a, b))
         expected = a.astype(np.float64) @ b.astype(np.float64)
         a, b = (pairs(a.T).T, pairs(b))
-    a = np.ascontiguousarray(a if rows else a.T)
+    steps = a.shape[1]
+    if not rows:  # (k / KS, m, KS) in memory
+        a = a.reshape(kernel["mr"], -1, kernel["ks"]).swapaxes(0, 1).reshape(steps, kernel["mr"])
+    a = np.ascontiguousarray(a)
     load_table().run(kernel["name"], rows, a, b, c, kernel["nr"])
     error = np.linalg.norm(c - expected) / np.linalg.norm(expected)
     if not error < k * np.finfo(kernel["dtype"]).eps:

@@ -60,9 +60,11 @@ def build_extension(name: str, sources: list[Path], cflags: list[str], python_mo
 
 
 @functools.cache
-def load_table() -> ModuleType:
+def load_table(
+    name: str = "table", more_sources: tuple[Path, ...] = (), more_flags: tuple[str, ...] = ()
+) -> ModuleType:
     """The table's module: ``list()``, ``run(...)``, ``time(...)``, ``activate(...)``; see csrc/cpu/table_pybind.cpp."""
     config = build_config()
     sources = [config.CSRC / source for source in config.TABLE_SOURCES]
-    module: ModuleType = build_extension("table", sources, config.CXX_FLAGS)
+    module: ModuleType = build_extension(name, [*sources, *more_sources], [*config.CXX_FLAGS, *more_flags])
     return module

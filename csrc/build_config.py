@@ -23,7 +23,7 @@ CXX_FLAGS += ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 
 # Torch-free: what the microkernel table is built from.
-KERNELS = ("portable", "avx2", "avx512", "avx512_bf16")
+KERNELS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 KERNEL_SOURCES = ["cpu/dispatch.cpp", *(f"cpu/microkernels/{name}.cpp" for name in KERNELS)]
 LIBRARY_SOURCES = [
     "ops.cpp",

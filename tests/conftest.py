@@ -1,6 +1,7 @@
 """Seeds, threads, the device and the microkernel table for the whole suite.
 
 Inputs are random and fresh in every session; the header prints CONV1X1_TEST_SEED, which repeats a failure.
+CONV1X1_TEST_AMX is set by tests/test_amx.py: the folder of a library with emulated AMX, to be tested instead.
 CONV1X1_TEST_DEVICE=cuda makes every tensor and module on that device; what only a CPU has is skipped there, with the
 reason. hypothesis and expecttest may be missing: the tests that need them are skipped, and say so.
 """
@@ -19,6 +20,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
+EMULATED_AMX = os.environ.get("CONV1X1_TEST_AMX", "")
+if EMULATED_AMX:
+    sys.path.insert(0, EMULATED_AMX)
 
 try:
     import hypothesis
@@ -68,6 +72,8 @@ def seed_and_threads(request):
 @pytest.fixture(scope="session")
 def table(tmp_path_factory):
     """The pybind11 module of the microkernels; one worker builds it, the others wait on its build lock."""
+    from amx import build
+
     from bench.microkernel_table import load_table
 
-    return load_table()
+    return build.table() if EMULATED_AMX else load_table()

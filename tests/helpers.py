@@ -279,10 +279,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def run_python(code: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a fresh interpreter that can import the package and these helpers."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    other = env.get("CONV1X1_TEST_AMX", os.environ.get("CONV1X1_TEST_AMX"))  # the folder of another library
+    path = os.pathsep.join([*([other] if other else []), str(ROOT), str(ROOT / "tests")])
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path, **env},
+        cwd=other or None,  # which Python looks in first
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -204,7 +204,7 @@ def test_concurrent_python_threads(layout):
     assert all(all(r) for r in in_threads(4, body))
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_every_instruction_set(isa):
     code = """
 import torch, test_determinism as t

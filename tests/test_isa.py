@@ -37,7 +37,7 @@ def isa_of(microkernel):
     return microkernel.split("_", 2)[2].replace("portable", "scalar")
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_each_instruction_set(isa):
     if isa not in map(isa_of, conv1x1_ext.build_info()["microkernels"].split(", ")):
         pytest.skip(f"this CPU does not run {isa}")

@@ -1,6 +1,9 @@
 """Every microkernel by itself, by the pybind11 table: all m <= MR and n <= NR, nothing touched outside the tile."""
 
+import ctypes
 import math
+import mmap
+import sys
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ import torch
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
-KERNELS = [(isa, dtype) for isa in ISAS[:3] for dtype in ("float32", "float64")] + [("avx512_bf16", "bfloat16")]
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+KERNELS = [(isa, dtype) for isa in ISAS[:3] for dtype in ("float32", "float64")]
+KERNELS += [(isa, "bfloat16") for isa in ISAS[3:]]
 CANARY = 12345.678
 ACTIVATION = {"silu": 3, "hardswish": 4, "gelu": 5}
 
@@ -50,6 +54,13 @@ def in_pairs(x, axis):
     return np.ascontiguousarray(np.moveaxis(bits[0::2] | bits[1::2] << 16, 0, axis))
 
 
+def in_groups(pairs, axis, ks):
+    """Zeros up to whole groups of steps."""
+    zeros = [(0, 0), (0, 0)]
+    zeros[axis] = (0, -pairs.shape[axis] % ks)
+    return np.pad(pairs, zeros)
+
+
 class Tile:
     """Operands of one call, and a poisoned output that is larger than the tile."""
 
@@ -70,8 +81,13 @@ class Tile:
         return self.out[: self.m, : self.n]
 
     def operands(self):
-        a, b = self.a if self.rows else np.ascontiguousarray(self.a.T), self.b
-        return (a, b) if self.kernel["kr"] == 1 else (in_pairs(a, 1 if self.rows else 0), in_pairs(b, 0))
+        a, b, ks = self.a, self.b, self.kernel["ks"]
+        if self.kernel["kr"] == 2:
+            a, b = in_groups(in_pairs(a, 1), 1, ks), in_groups(in_pairs(b, 0), 0, ks)
+        if not self.rows:  # (k / KS, m, KS) in memory
+            steps = a.shape[1]
+            a = np.ascontiguousarray(a.reshape(self.m, -1, ks).swapaxes(0, 1)).reshape(steps, self.m)
+        return a, b
 
     def reference(self):
         """The exact sum, and the bound on a chain of k multiply-adds."""
@@ -167,12 +183,10 @@ def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
     check(second.run(table, c_in=np.ascontiguousarray(first.run(table))), exact, bound)
 
 
-def test_bfloat16_is_stored_from_the_accumulators(table, rng):
+def test_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
     """Rounded to nearest even, residual added before; every tail, nothing touched outside, NaN and infinity kept."""
-    found = [k for k in table.list() if k["kr"] == 2]
-    if not found:
-        pytest.skip("this CPU multiplies no bfloat16")
-    (kernel,) = found
+    if kernel["kr"] != 2:
+        pytest.skip("stores what it accumulates")
     for n in range(1, kernel["nr"] + 1):
         tile = Tile(rng, kernel, True, 1 + n % kernel["mr"], n, 6)
         residual = rng.standard_normal((tile.m, n + 5)).astype(np.float32)
@@ -186,6 +200,48 @@ def test_bfloat16_is_stored_from_the_accumulators(table, rng):
         torch.testing.assert_close(actual, total, rtol=0, atol=0, equal_nan=True)
         out[: tile.m, :n] = 0x1234
         assert (out == 0x1234).all(), "written outside the tile"
+
+
+class Guarded:
+    """Memory that ends where the process may not go; an access beyond it ends the test run."""
+
+    def __init__(self):
+        self.kept, self.libc = [], ctypes.CDLL(None)
+
+    def __call__(self, array):
+        """A copy of `array` that ends at the end of the memory."""
+        page = mmap.PAGESIZE
+        size = -(-array.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        whole = np.frombuffer(memory, np.uint8)
+        self.kept.append((memory, whole))
+        assert self.libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(page), 0) == 0
+        copy = whole[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as on Linux")
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+def test_nothing_behind_the_operands_is_touched(table, kernel, rng, rows):
+    step = 2 * kernel["kr"] * kernel["ks"]
+    sizes = {1, 2, kernel["mr"] // 2 - 1, kernel["mr"] // 2, kernel["mr"] // 2 + 1, kernel["mr"] - 1, kernel["mr"]}
+    for m in sorted(sizes - {0}):
+        for n in sorted({1, kernel["vector"] - 1, kernel["vector"], kernel["vector"] + 1, kernel["nr"]} - {0}):
+            guarded = Guarded()
+            tile = Tile(rng, kernel, rows, m, n, step)
+            exact, bound = tile.reference()
+            a, b = tile.operands()
+            # What is contracted of B ends with column n, in panels with the vector that has it.
+            width = n if kernel["ks"] == 1 else -(-n // kernel["vector"]) * kernel["vector"]
+            out, c_in = np.zeros((m, n), kernel["dtype"]), random(rng, (m, n), kernel)
+            given = {"bias_m": random(rng, (m,), kernel), "bias_n": random(rng, (n,), kernel)}
+            given |= {"c_in": c_in, "residual": random(rng, (m, n), kernel)}
+            total = exact + sum(v[:, None] if name == "bias_m" else v for name, v in given.items())
+            given = {name: guarded(v) for name, v in given.items()}
+            a, b, out = guarded(a), guarded(np.ascontiguousarray(b[:, :width])), guarded(out)
+            table.run(kernel["name"], rows, a, b, out, n, lower=-math.inf, upper=math.inf, with_epilogue=True, **given)
+            check(out, total, bound + 100 * np.finfo(kernel["dtype"]).eps)
 
 
 def activation_reference(name, x):

@@ -1,6 +1,10 @@
 // Which microkernels exist and which one runs: the ordered table, the CPU's features, and CONV1X1_ISA.
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <cstdlib>
@@ -19,6 +23,7 @@ Microkernel make_avx2_float64();
 Microkernel make_avx512_float32();
 Microkernel make_avx512_float64();
 Microkernel make_avx512_bf16_bfloat16();
+Microkernel make_avx512_amx_bfloat16();
 #endif
 
 namespace {
@@ -26,9 +31,9 @@ namespace {
 // Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
 // that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
 struct Table {
-  Microkernel kernels[7];
-  const Microkernel* pointers[7];
-  KernelSet sets[4];
+  Microkernel kernels[8];
+  const Microkernel* pointers[8];
+  KernelSet sets[5];
   size_t count = 0, set_count = 0;
 
   Table() {
@@ -36,12 +41,8 @@ struct Table {
 #if defined(__x86_64__)
     add("avx2", make_avx2_float32, make_avx2_float64);
     add("avx512", make_avx512_float32, make_avx512_float64);
-    if (isa_supported("avx512_bf16")) {
-      KernelSet set = sets[set_count - 1];  // avx512's
-      set.isa = "avx512_bf16";
-      set.bfloat16 = add(make_avx512_bf16_bfloat16);
-      sets[set_count++] = set;
-    }
+    add_bfloat16("avx512_bf16", make_avx512_bf16_bfloat16);
+    add_bfloat16("avx512_amx", make_avx512_amx_bfloat16);
 #endif
   }
 
@@ -55,6 +56,14 @@ struct Table {
     if (!isa_supported(isa)) return;
     const Microkernel *float32 = add(make_float32), *float64 = add(make_float64);
     sets[set_count++] = {isa, float32, float64, float32};
+  }
+
+  void add_bfloat16(const char* isa, Microkernel (*make)()) {
+    if (!isa_supported(isa)) return;
+    KernelSet set = sets[set_count - 1];  // the other types' kernels are those of the set before
+    set.isa = isa;
+    set.bfloat16 = add(make);
+    sets[set_count++] = set;
   }
 };
 
@@ -70,6 +79,31 @@ bool has_f16c() {  // no name for it in __builtin_cpu_supports of every compiler
 }
 #endif
 
+// What this process lacks for AMX's bfloat16, or "". The operating system must save the tiles, and be asked for them
+// once per process; it refuses where a signal stack is too small for them.
+const std::string& amx_missing() {
+  static const std::string missing = []() -> std::string {
+#if defined(CONV1X1_TEST_EMULATES_AMX)  // by tests/amx alone: the instructions themselves are emulated
+    return "";
+#elif defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kOsSavesByXsave = 1u << 27, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileStates = 3u << 17;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxTile) || !(d & kAmxBf16))
+      return "this CPU has no AMX-TILE and AMX-BF16";
+    unsigned saved = 0, high = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d) && (c & kOsSavesByXsave)) asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & kTileStates) != kTileStates) return "the operating system does not save AMX's tiles";
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
+      return "the operating system refuses AMX's tiles to this process (arch_prctl)";
+    return "";
+#else
+    return "AMX needs x86-64 and Linux";
+#endif
+  }();
+  return missing;
+}
+
 }  // namespace
 
 bool isa_supported(const std::string& isa) {
@@ -81,7 +115,9 @@ bool isa_supported(const std::string& isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   if (isa == "avx512") return avx512;
-  if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == "avx512_bf16") return bf16;
+  if (isa == "avx512_amx") return bf16 && amx_missing().empty();
 #endif
   return false;
 }
@@ -108,6 +144,8 @@ const KernelSet* selected_kernels(std::string* error) {
     }
     if (c.set == nullptr)
       c.error = std::string("CONV1X1_ISA: expected one of ") + known + " on this machine, got '" + wanted + "'";
+    if (c.set == nullptr && std::strcmp(wanted, "avx512_amx") == 0)
+      c.error += ": " + (amx_missing().empty() ? "this CPU has no AVX512-BF16" : amx_missing());
     return c;
   }();
   if (choice.set == nullptr && error != nullptr) *error = choice.error;

@@ -20,6 +20,16 @@
 //
 // Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
 // Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
+//
+// AMX multiplies matrices: 16 x 16 tiles of C by 16 steps. KS = 16 steps of a row of A lie together in its packed
+// panel,
+//
+//   kCols  A(i, k) = a[(k / KS * lda + i) * KS + k % KS]
+//
+// rows in memory lie an even distance apart, panels of A and of B are filled up with zeros to whole KS, `k` counts
+// whole KS, columns of a panel past n are read (and their results thrown away), and the accumulators begin with c_in:
+// the chain goes on, wherever calls cut it, and `chain` and `partial` are ignored. Around such calls stand `enter` and
+// `leave`, once per thread.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +40,7 @@
 
 namespace conv1x1 {
 
-constexpr int kMaxMr = 8, kMaxNv = 3, kMaxNr = 48;
+constexpr int kMaxMr = 32, kMaxNv = 3, kMaxNr = 48;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -49,12 +59,13 @@ struct Epilogue {
 };
 
 struct TileArgs {
-  int64_t k = 0, n = 0, chain = 0;
+  int64_t k = 0, m = 0, n = 0, chain = 0;
   const void* const* a_rows = nullptr;
   const void* a = nullptr;
   int64_t lda = 0;
   const void* b = nullptr;
   int64_t ldb = 0;
+  const void* b_next = nullptr;  // KS > 1: the panel of the call that comes next, to prefetch; may be null
   const void* c_in = nullptr;
   int64_t ld_in = 0;
   void* partial = nullptr;  // MR * NR elements; may be c_in. Not read before it is written, unused where k <= chain
@@ -71,7 +82,8 @@ struct TileArgs {
 using TileFn = void (*)(const TileArgs&);
 
 // Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
-// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR.
+// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR; in
+// those of A with KS > 1, the groups of KS steps are k-major and the steps in them r-major.
 using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                         int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
 // The same for several k-major panels side by side, a row of the source (one k) at a time: a segment is where `length`
@@ -97,15 +109,21 @@ struct Microkernel {
   DType operand;  // of A and B, in panels and in place
   int kr, mr, nr, vector;
   bool stores_half;
+  int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
+  int m_unit;   // tiles of m begin at multiples of it
+  int k_block;  // k for which A's tile row and a panel of B fit in L1 together; 0: registers hold C for all of k
   TileFn fn[2][kMaxMr][kMaxNv];  // [access][m - 1][vectors - 1]
   // Indexed by the dtype in memory; null where the pair makes no sense.
-  PackFn pack_k_major[4];  // panels
-  PackFn pack_r_major[4];
+  PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
+  PackFn pack_b[4];     // k-major
   PackRowsFn pack_rows[4];
   PackFn gather[4];  // r-major, to the accumulators' dtype: bias, residual
   UnpackFn unpack[4];
   SumRowsFn sum_rows;
   ActivateFn activate;
+  // Before a thread's first tile and after its last one; null: nothing to do.
+  void (*enter)();
+  void (*leave)();
 };
 
 // dispatch.cpp

@@ -62,11 +62,18 @@ bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
   return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
 }
 
+// AMX loads rows an even distance apart, in whole groups of steps. Rows 2 KiB (or a multiple) apart do not stay in L1
+// while the panels of B pass.
+bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_tiles) {
+  const int64_t pitch = p.a.row.inner_stride() * dtype_size(p.dtype);
+  return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0 && (pitch % 2048 != 0 || n_tiles < 4);
+}
+
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
   const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
   plan.prepacked = weight_a || weight_b;
-  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, 1, kernel.mr);
+  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
 
   // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
@@ -89,6 +96,11 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.a = Operand::kDirect;
   else
     plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
+  if (kernel.ks > 1) {
+    if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel, plan.n.count()))
+      plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
+    plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
+  }
 }
 
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
@@ -107,6 +119,10 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), kChain);
+  const int64_t k_block = plan.kernel->k_block;
+  plan.k_piece = plan.k_step;
+  if (k_block)  // of nearly equal length, in whole groups of steps
+    plan.k_piece = round_up(ceil_div(plan.k_step, ceil_div(plan.k_step, k_block)), kr * plan.kernel->ks);
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
@@ -126,7 +142,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
 }
 
 // The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
-// two vectors multiplied a cycle, and what it takes to bring in and to pack the operands.
+// two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
   const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));
@@ -136,6 +152,7 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
+  const double multiply = plan.kernel->ks > 1 ? 1.0 / 32 : 0.5;
   // Cycles to read and, where it is packed, to pack an element: weights come from caches, activations from memory.
   const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
     const double read = (weight ? 0.1 : 0.5) * (aux ? 2 : 1);
@@ -158,9 +175,9 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
         const int64_t tm = ceil_div(units_m, m) * (images_m ? plan.m.per_segment : 1);
         const int64_t tn = ceil_div(units_n, n) * (images_n ? plan.n.per_segment : 1);
-        const int64_t rows = plan.m.most(tm), vectors = std::max<int64_t>(plan.n.most(tn), 1);
+        const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(plan.n.most(tn), 1);
         const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-                            (static_cast<double>(rows * vectors) * 0.5 +
+                            (static_cast<double>(rows * vectors) * multiply +
                              bring(plan.a, cost_a, p.m, rows, n,
                                    ceil_div(tn, plan.a == Operand::kDirect ? plan.block_n : plan.reach_n)) +
                              bring(plan.b, cost_b, p.n, vectors * plan.n.unit, m, ceil_div(tm, plan.block_m)));
@@ -212,8 +229,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_b = nr * steps + 64 / element;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * plan.panel_a * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
-  const int64_t carried = plan.k_step < plan.slice ? plan.block_m * plan.reach_n : 0;
-  plan.accumulators = bytes((carried + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
+  plan.accumulators = bytes((plan.kept() + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
@@ -302,7 +318,9 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
-          " by chains of " + number(plan.kc) + ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
+          (plan.kernel->k_block ? " by pieces of " + number(plan.k_piece) + " that fit in L1"
+                                : " by chains of " + number(plan.kc)) +
+          ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   text += "\nk_slices=" + number(plan.slices);
   text += std::string("\nstores=") + (plan.streams ? "past the caches, where whole lines are" : "through the caches");
   text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +

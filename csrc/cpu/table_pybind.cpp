@@ -40,6 +40,7 @@ std::vector<py::dict> list() {
     d["dtype"] = conv1x1::dtype_name(k.dtype);
     d["operand"] = conv1x1::dtype_name(k.operand);
     d["kr"] = k.kr;
+    d["ks"] = k.ks;
     d["mr"] = k.mr;
     d["nr"] = k.nr;
     d["vector"] = k.vector;
@@ -61,7 +62,8 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
 // a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P: an element of a panel,
-// two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those.
+// two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where KS > 1, k is whole KS, and
+// columns of a are (k / KS, m, KS) in memory.
 template <class T, class P>
 Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n) {
   const bool pairs = std::is_same<P, uint32_t>::value;
@@ -70,7 +72,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   Call<T> call;
   const int64_t m = a.shape(rows ? 0 : 1), k = a.shape(rows ? 1 : 0);
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n || out.shape(0) < m ||
-      out.shape(1) < n)
+      out.shape(1) < n || k % kernel.ks != 0 ||
+      (kernel.ks > 1 && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
     throw std::invalid_argument("shapes do not fit the microkernel");
   const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
@@ -78,6 +81,7 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.args.k = k;
   call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
+  call.args.m = m;
   call.args.n = n;
   call.args.a = a.data();
   call.args.lda = m;
@@ -87,6 +91,20 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.args.ld_out = out.shape(1);
   return call;
 }
+
+// Whatever must stand around a thread's calls of a microkernel.
+class Entered {
+ public:
+  explicit Entered(const Microkernel& kernel) : kernel_(kernel) {
+    if (kernel_.enter) kernel_.enter();
+  }
+  ~Entered() {
+    if (kernel_.leave) kernel_.leave();
+  }
+
+ private:
+  const Microkernel& kernel_;
+};
 
 template <class T, class P>
 void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, py::object c_in,
@@ -110,6 +128,7 @@ void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> ou
   call.epilogue.lower = lower;
   call.epilogue.upper = upper;
   call.args.epilogue = with_epilogue ? &call.epilogue : nullptr;
+  const Entered entered(kernel);
   call.fn(call.args);
 }
 
@@ -121,6 +140,7 @@ double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Arr
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
+  const Entered entered(kernel);
   double best = 0;
   for (int r = 0; r < rounds; ++r) {
     const auto begin = std::chrono::steady_clock::now();
@@ -155,6 +175,7 @@ void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, A
   call.epilogue.upper = std::numeric_limits<double>::infinity();
   call.epilogue.store = conv1x1::Store::kBFloat16;
   call.args.epilogue = &call.epilogue;
+  const Entered entered(kernel);
   call.fn(call.args);
 }
 

@@ -6,6 +6,7 @@
 //         for jc in n blocks      B's block packed, or read in place, resident in L2
 //           for ir in m tiles
 //             for jr in n tiles   microkernel over chains of kc, then the epilogue
+// AMX's rows of tiles (ir) walk their n tiles once for each piece of k that L1 holds, and keep their sums between.
 //
 // Nothing here throws or allocates. T: the accumulators' type; an element of a panel is as wide (microkernel.h).
 #pragma once
@@ -52,8 +53,7 @@ class Worker {
     storage_ = static_cast<int>(p_.dtype);
     out_storage_ = static_cast<int>(p_.out_dtype);
     carried_ = plan.k_step < plan.slice;
-    const int64_t spare = carried_ ? plan.block_m * plan.reach_n : 0;
-    partial_ = accumulators_ + spare * tile_;
+    partial_ = accumulators_ + plan.kept() * tile_;
     staged_ = partial_ + tile_;
     residual_ = staged_ + tile_;
     transcendental_ = !masks_from_output(p_.activation);
@@ -86,8 +86,10 @@ class Worker {
     part /= plan_.part_m;
     const Range s = share(plan_.slices, plan_.part_k, part % plan_.part_k);
     const Range g = share(p_.groups, plan_.part_g, part / plan_.part_k);
+    if (kernel_.enter) kernel_.enter();
     for (group_ = g.begin; group_ < g.end; ++group_)
       for (slice_ = s.begin; slice_ < s.end; ++slice_) rectangle(m, n);
+    if (kernel_.leave) kernel_.leave();
   }
 
   // Joins the k-slices of rows [begin, end) of groups * m, in the slices' order.
@@ -174,15 +176,15 @@ class Worker {
 
   // k [k0, k0 + nk) of a tile.
   void pack_a(int64_t group, int64_t i, int64_t k0, int64_t nk) {
-    const PackFn fn = (plan_.a_access == AccessA::kCols ? kernel_.pack_k_major : kernel_.pack_r_major)[storage_];
+    const PackFn fn = kernel_.pack_a[static_cast<int>(plan_.a_access)][storage_];
     const Tiling::Tile t = plan_.m[i];
     fn(packed_a(group, i), ld_packed_a(t), source(p_.a, group), aux_source(p_.a, group), p_.a.row, t.start, t.size,
        p_.a.col, k0, nk, mask_of(p_.a));
   }
   void pack_b(int64_t group, int64_t j, int64_t k0, int64_t nk) {
     const Tiling::Tile t = plan_.n[j];
-    kernel_.pack_k_major[storage_](packed_b(group, j), t.padded_size, source(p_.b, group), aux_source(p_.b, group),
-                                   p_.b.col, t.start, t.size, p_.b.row, k0, nk, mask_of(p_.b));
+    kernel_.pack_b[storage_](packed_b(group, j), t.padded_size, source(p_.b, group), aux_source(p_.b, group), p_.b.col,
+                             t.start, t.size, p_.b.row, k0, nk, mask_of(p_.b));
   }
 
   // All tiles of a block at once, one row of the source after the other, where its lines run across the tiles: memory
@@ -216,7 +218,7 @@ class Worker {
   }
 
   void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
-    if (plan_.a_access == AccessA::kCols &&
+    if (plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
         pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); }))
       return;
     for (int64_t i = is.begin; i < is.end; ++i) pack_a(group_, i, k0, nk);
@@ -323,52 +325,61 @@ class Worker {
     }
   }
 
-  // The A of a row of tiles: args.a_rows or args.a, and lda.
-  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
-    const bool direct = plan_.a == Operand::kDirect, once = plan_.a == Operand::kPackOnce;
+  // The A of a row of tiles from k0 + k on, k0 where a packed block begins: args.a_rows or args.a, and lda.
+  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, int64_t k, const void** rows, TileArgs& args) const {
+    const bool direct = plan_.a == Operand::kDirect;
+    const int64_t step = plan_.steps(plan_.a == Operand::kPackOnce ? k0 + k : k);
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
     if (direct && plan_.a_access == AccessA::kRows) {
       const bool linear = p_.a.row.linear();
       for (int64_t r = 0; r < t.size; ++r) {
         const int64_t row = linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset;
-        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + row);
+        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + k + row);
       }
     } else if (direct) {
-      args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
+      args.a = element(p_.a.data, group_ * p_.a.group_stride + (k0 + k) * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
-      const T* a = packed_a(group_, i) + (once ? plan_.steps(k0) : 0);
+      const T* a = packed_a(group_, i) + step;
       for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
     } else {
-      args.a = packed_a(group_, i) + (once ? plan_.steps(k0) * args.lda : 0);
+      args.a = packed_a(group_, i) + step * args.lda;
     }
     args.a_rows = rows;
   }
 
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
+    const bool pieces = plan_.k_piece < plan_.k_step;
     prepare_columns(js, k0);
-    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
-    for (int64_t i = is.begin; i < is.end; ++i) {
+    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin) * (pieces ? (nk - 1) / plan_.k_piece + 1 : 1);
+    for (int64_t i = is.begin, k = 0, next_k = 0; i < is.end; k = next_k, i += next_k == 0) {
       const Tiling::Tile ti = plan_.m[i];
+      next_k = nk - k > plan_.k_piece ? k + plan_.k_piece : 0;
+      const bool ends = next_k == 0;
       TileArgs args;
-      args.k = plan_.steps(nk);
+      args.k = plan_.steps(ends ? nk - k : plan_.k_piece);
+      args.m = ti.size;
       args.chain = plan_.steps(plan_.kc);
       args.partial = partial_;
-      prepare_row(i, ti, k0, rows, args);
+      prepare_row(i, ti, k0, k, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
         const Column& c = columns_[j];
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
-                          : partial_;
+                          : (pieces ? accumulators_ + j * tile_ : partial_);
         const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
         args.b = c.b;
         args.ldb = c.ldb;
+        if (kernel_.ks > 1) {  // B always comes in panels
+          args.b = panel_at(c, k);
+          args.b_next = j + 1 < js.end - js.begin ? panel_at(columns_[j + 1], k) : panel_at(columns_[0], next_k);
+        }
         args.n = c.tile.size;
         ahead_.share(tiles_left--, args);
-        args.c_in = first ? nullptr : sum;
+        args.c_in = first && k == 0 ? nullptr : sum;
         args.ld_in = kernel_.nr;
-        if (last) {
+        if (last && ends) {
           finish(fn, args, ti, row, c);
         } else {
           args.c_out = sum;
@@ -378,6 +389,9 @@ class Worker {
       }
     }
   }
+
+  // k on from where the panel of this block begins.
+  const void* panel_at(const Column& c, int64_t k) const { return static_cast<const T*>(c.b) + plan_.steps(k) * c.ldb; }
 
   // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
   // one that waits for its line holds up all that follow.

@@ -1,0 +1,73 @@
+// AMX tiles: bfloat16 in pairs along k, 16 x 16 x 32 multiply-adds an instruction. Everything else (packing, epilogue,
+// conversions) in AVX-512, with AVX512-BF16, which every CPU with AMX has. Listed by dispatch.cpp.
+#include "isa.h"
+
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own undefined operands (GCC bug 105593)
+#endif
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../plan.h"
+
+#if defined(__clang__)  // its assembler takes only what the function's target has
+CONV1X1_TARGET_BEGIN("amx-tile,amx-bf16,avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
+#else
+CONV1X1_TARGET_BEGIN("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
+#endif
+namespace conv1x1 {
+namespace {
+
+// clang-format off: the includes build on each other
+#include "convert.inc"
+#include "avx512_float32.inc"
+#include "packing.inc"
+#include "pairs.inc"
+#include "activations.inc"
+#include "amx.inc"
+// clang-format on
+
+struct AmxBFloat16 : Avx512Float32 {
+  // As AVX512-BF16 does: denormal results are zero here as well.
+  static void store_half(uint16_t* p, Reg x, Mask m, bool) {
+    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+};
+
+}  // namespace
+
+Microkernel make_avx512_amx_bfloat16() {
+  Microkernel kernel{};
+  kernel.name = "bfloat16_32x32_avx512_amx";
+  kernel.isa = "avx512_amx";
+  kernel.dtype = DType::kFloat32;
+  kernel.operand = DType::kBFloat16;
+  kernel.kr = 2;
+  kernel.mr = kTiledMr;
+  kernel.nr = kTiledNr;
+  kernel.vector = kernel.ks = kernel.m_unit = kTile;
+  kernel.stores_half = true;
+  // 16 KiB of A, which every panel of B meets, and as much of B, which streams from L2: both, what is prefetched and C
+  // are less than the 48 KiB of L1 that CPUs with AMX have.
+  kernel.k_block = 256;
+  fill_tiled<AmxBFloat16, AccessA::kRows>(kernel);
+  fill_tiled<AmxBFloat16, AccessA::kCols>(kernel);
+  fill_pairs(kernel);
+  const int storage = static_cast<int>(DType::kBFloat16);
+  kernel.pack_a[static_cast<int>(AccessA::kCols)][storage] = pack_tiled_a;
+  kernel.pack_b[storage] = pack_tiled_b;
+  kernel.pack_rows[storage] = pack_tiled_rows;  // of B; panels of A have no rows of all tiles
+  kernel.sum_rows = sum_tiled_rows;
+  kernel.activate = activate_tile<float>;
+  kernel.enter = configure_tiles;
+  kernel.leave = release_tiles;
+  return kernel;
+}
+
+}  // namespace conv1x1
+CONV1X1_TARGET_END
+#endif
