@@ -17,6 +17,7 @@ from torch import Tensor
 import conv1x1_ext
 from bench.cuda_harness import DTYPES
 from bench.harness import Layer
+from bench.peers import products
 
 # Relative Frobenius errors that are always good enough; otherwise at most twice stock's.
 BOUNDS = {"float32": 1e-5, "tf32": 2e-3, "bfloat16": 6e-3, "float16": 1e-3}
@@ -68,6 +69,8 @@ class Peer:
         """Why this layer cannot be run, or None."""
         if train and not self.trains:
             return "no gradient"
+        if self.matrix and layer.groups != 1:
+            return "one group only"
         return "stride 1 only" if self.stride_1 and layer.stride != 1 else None
 
     def call(self, function: Function, layer: Layer, copy: Copy, train: bool) -> Callable[[], tuple[Tensor, ...]]:
@@ -98,17 +101,17 @@ class Peer:
 
 
 def _ours(layer: Layer, dtype: str) -> Function:
-    return lambda x, w, b: conv1x1_ext.conv1x1(x, w, b, layer.stride, activation="relu")
+    return lambda x, w, b: conv1x1_ext.conv1x1(x, w, b, layer.stride, groups=layer.groups, activation="relu")
 
 
 def _stock(layer: Layer, dtype: str) -> Function:
-    return lambda x, w, b: F.relu(F.conv2d(x, w, b, layer.stride))
+    return lambda x, w, b: F.relu(F.conv2d(x, w, b, layer.stride, groups=layer.groups))
 
 
 def _cudnn_fused(layer: Layer, dtype: str) -> Function:
     stride = [layer.stride] * 2
     fused: Any = torch.ops.aten.cudnn_convolution_relu.default
-    return lambda x, w, b: fused(x, w, b, stride, [0, 0], [1, 1], 1)  # type: ignore[no-any-return]
+    return lambda x, w, b: fused(x, w, b, stride, [0, 0], [1, 1], layer.groups)  # type: ignore[no-any-return]
 
 
 def _addmm_relu(layer: Layer, dtype: str) -> Function:
@@ -123,9 +126,9 @@ def _linear(layer: Layer, dtype: str) -> Function:
 
 def _compiled(layer: Layer, dtype: str) -> Function:
     torch._dynamo.reset()
-    stride = layer.stride
+    stride, groups = layer.stride, layer.groups
     options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}  # graphs are timed for all alike
-    return torch.compile(lambda x, w, b: F.relu(F.conv2d(x, w, b, stride)), **options)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(lambda x, w, b: F.relu(F.conv2d(x, w, b, stride, groups=groups)), **options)  # type: ignore[call-overload, no-any-return]
 
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -153,28 +156,19 @@ def make_copies(
     copies = []
     for _ in range(count):
         x = normal(layer.n, layer.c_in, layer.h, layer.w).contiguous(memory_format=memory_format)
-        w = (normal(layer.c_out, layer.c_in, 1, 1) * layer.c_in**-0.5).contiguous(memory_format=memory_format)
+        fan_in = layer.c_in // layer.groups
+        w = (normal(layer.c_out, fan_in, 1, 1) * fan_in**-0.5).contiguous(memory_format=memory_format)
         b, dy = normal(layer.c_out), None
         if train:
-            z = F.conv2d(x, w, b, layer.stride)
+            z = F.conv2d(x, w, b, layer.stride, groups=layer.groups)
             dy = normal(*z.shape).masked_fill_(z.abs() < MARGINS[dtype], 0).contiguous(memory_format=memory_format)
         copies.append(Copy(x, w, b, dy))
     return copies
 
 
-def reference(copy: Copy, stride: int, train: bool) -> tuple[Tensor, ...]:
+def reference(copy: Copy, stride: int, train: bool, groups: int = 1) -> tuple[Tensor, ...]:
     """In float64 by matrix products: y, and for training dx, dw and dbias."""
-    x, w, b = copy.x.double(), copy.w.double().flatten(1), copy.b.double()
-    picked = x[:, :, ::stride, ::stride]
-    y = torch.einsum("oc,nchw->nohw", w, picked).add_(b[:, None, None]).relu_()
-    if not train:
-        return (y,)
-    assert copy.dy is not None
-    dz = copy.dy.double() * (y > 0)
-    dx = torch.zeros_like(x)
-    dx[:, :, ::stride, ::stride] = torch.einsum("oc,nohw->nchw", w, dz)
-    dw = torch.einsum("nohw,nchw->oc", dz, picked)[:, :, None, None]
-    return y, dx, dw, dz.sum((0, 2, 3))
+    return products(copy.x, copy.w, copy.b, copy.dy if train else None, stride, groups)
 
 
 def errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

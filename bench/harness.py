@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
-NETS = ("seed", "resnet50", "mobilenet_v2", "squeezenet", "googlenet", "nin")
+NETS = ("seed", "resnet50", "mobilenet_v2", "squeezenet", "googlenet", "nin", "shufflenet")
 DTYPES = {
     "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
@@ -36,7 +36,7 @@ SAMPLE_SECONDS, WARM_SECONDS = 0.003, 0.0005
 
 @dataclass(frozen=True)
 class Layer:
-    """A 1x1 convolution layer: the input's sizes, the output's channels, the stride."""
+    """A 1x1 convolution layer: the input's sizes, the output's channels, the stride, and groups of channels."""
 
     n: int
     c_in: int
@@ -44,6 +44,7 @@ class Layer:
     h: int
     w: int
     stride: int = 1
+    groups: int = 1
 
     @property
     def pixels(self) -> int:
@@ -51,17 +52,22 @@ class Layer:
         return self.n * ((self.h - 1) // self.stride + 1) * ((self.w - 1) // self.stride + 1)
 
     @property
+    def weights(self) -> int:
+        return self.c_in // self.groups * self.c_out
+
+    @property
     def flops(self) -> int:
         """Of the forward; dgrad and wgrad have as many each."""
-        return 2 * self.pixels * self.c_in * self.c_out
+        return 2 * self.pixels * self.weights
 
     def bytes(self, item_size: int) -> int:
         """What the forward cannot avoid moving: the pixels of x that are read, the weight and y, once each."""
-        return item_size * (self.pixels * (self.c_in + self.c_out) + self.c_in * self.c_out)
+        return item_size * (self.pixels * (self.c_in + self.c_out) + self.weights)
 
     def __str__(self) -> str:
         stride = f" /{self.stride}" if self.stride != 1 else ""
-        return f"{self.n}x {self.c_in}->{self.c_out} {self.h}x{self.w}{stride}"
+        groups = f" g{self.groups}" if self.groups != 1 else ""
+        return f"{self.n}x {self.c_in}->{self.c_out} {self.h}x{self.w}{stride}{groups}"
 
 
 def load_shapes(nets: Sequence[str], batches: Sequence[int]) -> dict[Layer, list[str]]:

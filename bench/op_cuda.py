@@ -52,14 +52,14 @@ def prepare(
     """
     layer, _, dtype, train = work
     item = cuda_harness.DTYPES[dtype].itemsize
-    read = item * layer.c_in * (layer.n * layer.h * layer.w + layer.c_out)
+    read = item * (layer.c_in * layer.n * layer.h * layer.w + layer.weights)
     count = cuda_harness.copies_for(read + (item * layer.pixels * layer.c_out if train else 0), l2_bytes)
     calls: dict[str, list[cuda_harness.Call]] = {}
     found: dict[str, list[float]] = {}
     skipped: dict[str, str] = {}
     for layout in dict.fromkeys(p.layout for p in peers):
         copies: list[Copy] = cuda_peers.make_copies(layer, dtype, layout, count, train, device)
-        expected = cuda_peers.reference(copies[0], layer.stride, train)
+        expected = cuda_peers.reference(copies[0], layer.stride, train, layer.groups)
         for peer in (p for p in peers if p.layout == layout):
             reason = peer.unavailable(layer, train)
             if reason is None:

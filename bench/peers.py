@@ -42,7 +42,8 @@ class Case:
             return torch.randn(*size, generator=generator, dtype=dtype)
 
         self.x = normal(layer.n, layer.c_in, layer.h, layer.w)
-        self.w = normal(layer.c_out, layer.c_in, 1, 1) * layer.c_in**-0.5
+        fan_in = layer.c_in // layer.groups
+        self.w = normal(layer.c_out, fan_in, 1, 1) * fan_in**-0.5
         self.b = normal(layer.c_out)
 
     @functools.cached_property
@@ -56,7 +57,7 @@ class Case:
     @functools.cached_property
     def dy(self) -> Tensor:
         """The gradient handed in; zero where rounding decides whether ReLU lets it through, so that all masks agree."""
-        z = F.conv2d(self.x, self.w, self.b, self.layer.stride)
+        z = F.conv2d(self.x, self.w, self.b, self.layer.stride, groups=self.layer.groups)
         dy = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=z.dtype)
         return dy.masked_fill_(z.abs() < 1e-4, 0)
 
@@ -92,14 +93,17 @@ def _single(y: Tensor) -> tuple[Tensor, ...]:
     return (y,)
 
 
-def _only_stride_1(case: Case) -> str | None:
+def _only_matrices(case: Case) -> str | None:
+    if case.layer.groups != 1:
+        return "one group only"
     return "stride 1 only" if case.layer.stride != 1 else None
 
 
 def _ours(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     def prepare(case: Case) -> tuple[Call, Outputs]:
-        (x, w, b), stride = case.tensors(layout), case.layer.stride
-        return lambda: conv1x1_ext.conv1x1(x, w, b, stride, activation="relu"), _single
+        (x, w, b), layer = case.tensors(layout), case.layer
+        stride, groups = layer.stride, layer.groups
+        return lambda: conv1x1_ext.conv1x1(x, w, b, stride, groups=groups, activation="relu"), _single
 
     return prepare
 
@@ -108,7 +112,9 @@ def _prepacked_layer(case: Case, layout: str) -> conv1x1_ext.Conv1x1:
     layer = case.layer
     x, w, b = case.tensors(layout)
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor's weight cannot be prepacked
-        module = conv1x1_ext.Conv1x1(layer.c_in, layer.c_out, layer.stride, activation="relu", dtype=DTYPES[case.dtype])
+        module = conv1x1_ext.Conv1x1(
+            layer.c_in, layer.c_out, layer.stride, layer.groups, activation="relu", dtype=DTYPES[case.dtype]
+        )
         module.load_state_dict({"weight": w, "bias": b})
         module.eval().prepack(x)
     return module
@@ -134,8 +140,9 @@ def _prepacked_unavailable(layout: str) -> Callable[[Case], str | None]:
 
 def _stock(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     def prepare(case: Case) -> tuple[Call, Outputs]:
-        (x, w, b), stride = case.tensors(layout), case.layer.stride
-        return lambda: F.relu(F.conv2d(x, w, b, stride)), _single
+        (x, w, b), layer = case.tensors(layout), case.layer
+        stride, groups = layer.stride, layer.groups
+        return lambda: F.relu(F.conv2d(x, w, b, stride, groups=groups)), _single
 
     return prepare
 
@@ -159,11 +166,11 @@ def _onednn(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     """
 
     def prepare(case: Case) -> tuple[Call, Outputs]:
-        (x, w, b), stride = case.tensors(layout), [case.layer.stride] * 2
+        (x, w, b), stride, groups = case.tensors(layout), [case.layer.stride] * 2, case.layer.groups
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        packed = reorder(w.to_mkldnn(), [0, 0], stride, [1, 1], 1, list(x.shape))
+        packed = reorder(w.to_mkldnn(), [0, 0], stride, [1, 1], groups, list(x.shape))
         op = torch.ops.mkldnn._convolution_pointwise.default
-        return lambda: op(x, packed, b, [0, 0], stride, [1, 1], 1, "relu", [], ""), _single
+        return lambda: op(x, packed, b, [0, 0], stride, [1, 1], groups, "relu", [], ""), _single
 
     return prepare
 
@@ -185,10 +192,10 @@ def _onnxruntime(case: Case) -> tuple[Call, Outputs]:
     import onnxruntime  # type: ignore[import-untyped]
     from onnx import TensorProto, helper, numpy_helper
 
-    stride = [case.layer.stride] * 2
+    stride, groups = [case.layer.stride] * 2, case.layer.groups
     graph = helper.make_graph(
         [
-            helper.make_node("Conv", ["x", "w", "b"], ["z"], kernel_shape=[1, 1], strides=stride),
+            helper.make_node("Conv", ["x", "w", "b"], ["z"], kernel_shape=[1, 1], strides=stride, group=groups),
             helper.make_node("Relu", ["z"], ["y"]),
         ],
         "conv_relu",
@@ -229,7 +236,7 @@ def _compiled(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
 
         torch._dynamo.reset()  # so that this layer's guards are not checked after those of all layers before
         layer, (x, w, b) = case.layer, case.tensors(layout)
-        conv = torch.nn.Conv2d(layer.c_in, layer.c_out, 1, layer.stride, dtype=x.dtype)
+        conv = torch.nn.Conv2d(layer.c_in, layer.c_out, 1, layer.stride, groups=layer.groups, dtype=x.dtype)
         conv.weight, conv.bias = torch.nn.Parameter(w), torch.nn.Parameter(b)
         model = torch.compile(torch.nn.Sequential(conv, torch.nn.ReLU()).eval(), dynamic=False)
         with config.patch(freezing=True):
@@ -240,14 +247,14 @@ def _compiled(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
 
 
 def _train(
-    layout: str, function: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    layout: str, function: Callable[[Tensor, Tensor, Tensor, Layer], Tensor]
 ) -> Callable[[Case], tuple[Call, Outputs]]:
     def prepare(case: Case) -> tuple[Call, Outputs]:
         x, w, b = (t.clone(memory_format=torch.preserve_format).requires_grad_() for t in case.tensors(layout))
-        dy, stride = case.dy if layout == "NCHW" else case.dy_nhwc, case.layer.stride
+        dy, layer = case.dy if layout == "NCHW" else case.dy_nhwc, case.layer
 
         def step() -> tuple[Tensor, ...]:
-            y = function(x, w, b, stride)
+            y = function(x, w, b, layer)
             return y, *torch.autograd.grad(y, (x, w, b), dy)
 
         return step, tuple
@@ -271,12 +278,12 @@ def _train_linear(case: Case) -> tuple[Call, Outputs]:
     return step, outputs
 
 
-def _ours_function(x: Tensor, w: Tensor, b: Tensor, stride: int) -> Tensor:
-    return conv1x1_ext.conv1x1(x, w, b, stride, activation="relu")
+def _ours_function(x: Tensor, w: Tensor, b: Tensor, layer: Layer) -> Tensor:
+    return conv1x1_ext.conv1x1(x, w, b, layer.stride, groups=layer.groups, activation="relu")
 
 
-def _stock_function(x: Tensor, w: Tensor, b: Tensor, stride: int) -> Tensor:
-    return F.relu(F.conv2d(x, w, b, stride))
+def _stock_function(x: Tensor, w: Tensor, b: Tensor, layer: Layer) -> Tensor:
+    return F.relu(F.conv2d(x, w, b, layer.stride, groups=layer.groups))
 
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -284,8 +291,8 @@ FORWARD = [
     *(Peer("ours", layout, _ours(layout)) for layout in LAYOUTS),
     *(Peer("ours_prepacked", layout, _ours_prepacked(layout), _prepacked_unavailable(layout)) for layout in LAYOUTS),
     *(Peer("stock", layout, _stock(layout)) for layout in LAYOUTS),
-    Peer("linear", "NHWC", _linear, _only_stride_1),
-    Peer("baddbmm", "NCHW", _baddbmm, _only_stride_1),
+    Peer("linear", "NHWC", _linear, _only_matrices),
+    Peer("baddbmm", "NCHW", _baddbmm, _only_matrices),
     *(Peer("onednn", layout, _onednn(layout), _onednn_unavailable) for layout in LAYOUTS),
     Peer("onnxruntime", "NCHW", _onnxruntime, _onnxruntime_unavailable),
     *(Peer("compile", layout, _compiled(layout)) for layout in LAYOUTS),
@@ -293,7 +300,7 @@ FORWARD = [
 TRAIN = [
     *(Peer("ours", layout, _train(layout, _ours_function)) for layout in LAYOUTS),
     *(Peer("stock", layout, _train(layout, _stock_function)) for layout in LAYOUTS),
-    Peer("linear", "NHWC", _train_linear, _only_stride_1),
+    Peer("linear", "NHWC", _train_linear, _only_matrices),
 ]
 NAMES = tuple(dict.fromkeys(p.name for p in FORWARD))
 
@@ -301,16 +308,25 @@ NAMES = tuple(dict.fromkeys(p.name for p in FORWARD))
 def reference(case: Case, train: bool) -> tuple[Tensor, ...]:
     """The same in float64 by matrix products: y, and for training dx, dw and db, with the mask of the reference's y."""
     layer = case.layer
-    x, w, b = case.x.double(), case.w.double().flatten(1), case.b.double()
-    picked = x[:, :, :: layer.stride, :: layer.stride]
-    y = torch.einsum("oc,nchw->nohw", w, picked).add_(b[:, None, None]).relu_()
-    if not train:
+    return products(case.x, case.w, case.b, case.dy if train else None, layer.stride, layer.groups)
+
+
+def products(x: Tensor, w: Tensor, b: Tensor, dy: Tensor | None, stride: int, groups: int) -> tuple[Tensor, ...]:
+    """y in float64, and, where there is a dy, dx, dw and db."""
+
+    def grouped(t: Tensor) -> Tensor:
+        return t.unflatten(1, (groups, -1))
+
+    x, w, b = x.double(), w.double().flatten(1).unflatten(0, (groups, -1)), b.double()
+    picked = grouped(x[:, :, ::stride, ::stride])
+    y = torch.einsum("goc,ngchw->ngohw", w, picked).flatten(1, 2).add_(b[:, None, None]).relu_()
+    if dy is None:
         return (y,)
-    dz = case.dy.double() * (y > 0)
+    dz = grouped(dy.double() * (y > 0))
     dx = torch.zeros_like(x)
-    dx[:, :, :: layer.stride, :: layer.stride] = torch.einsum("oc,nohw->nchw", w, dz)
-    dw = torch.einsum("nohw,nchw->oc", dz, picked)[:, :, None, None]
-    return y, dx, dw, dz.sum((0, 2, 3))
+    dx[:, :, ::stride, ::stride] = torch.einsum("goc,ngohw->ngchw", w, dz).flatten(1, 2)
+    dw = torch.einsum("ngohw,ngchw->goc", dz, picked).flatten(0, 1)[:, :, None, None]
+    return y, dx, dw, dz.flatten(1, 2).sum((0, 2, 3))
 
 
 def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

@@ -3,12 +3,14 @@
 ``python -m bench.small_calls``. Each case is timed as the functional and as the module without gradients, and as the
 module's forward and backward (all three gradients, from a given dy). Stock is ``F.relu(F.conv2d(...))``, as a module
 ``nn.Conv2d`` and ``F.relu``; ``linear`` is ``F.linear`` and ReLU over the same numbers. Interleaved; bench/harness.py.
+A last line compares with ``F.linear`` alone on a 4x4, the smallest call that torch has for such work.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ from bench.harness import describe_run, interleave
 
 # C_in, C_out, and the input's size; the last is the article's, unbatched.
 CASES = [(4, 4, (1, 4, 2, 2)), (8, 8, (1, 8, 7, 7)), (512, 32, (512, 12, 12))]
+LINEAR_ALONE = "functional, no grad | F.linear alone"
 
 
 def candidates(c_in: int, c_out: int, size: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
@@ -63,7 +66,18 @@ def candidates(c_in: int, c_out: int, size: tuple[int, ...]) -> dict[str, Callab
         "module, no grad | ours": lambda: frozen_ours(x),
         "module, no grad | stock": lambda: F.relu(frozen_stock(x)),
     }
-    return {**functional, **modules, **trained}
+    pooled_dy = torch.randn_like(dy.mean((-2, -1)))
+
+    def pool(function: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+        leaves = (xg, *(t.detach().requires_grad_() for t in (w, b)))
+        return lambda: torch.autograd.grad(function(*leaves), leaves, pooled_dy)
+
+    pooled = {
+        "pooled, forward + backward | ours": pool(conv1x1_ext.conv1x1_avg_pool),
+        "pooled, forward + backward | stock": pool(lambda *t: F.relu(F.conv2d(*t)).mean((-2, -1))),
+    }
+    floor = {} if c_in * c_out > 16 else {LINEAR_ALONE: functools.partial(F.linear, torch.randn(4, 4), flat_w, b)}
+    return {**functional, **floor, **modules, **trained, **pooled}
 
 
 def measure(rounds: int, console: Console) -> list[dict[str, Any]]:
@@ -91,6 +105,11 @@ def print_table(results: list[dict[str, Any]], console: Console) -> None:
             table.add_row(label, kind, *cells, f"{calls[1]['median_us'] / calls[0]['median_us']:.2f}")
             label = ""
     console.print(table)
+    calls = results[0]["calls"]
+    ours, alone = calls["functional, no grad | ours"]["median_us"], calls[LINEAR_ALONE]["median_us"]
+    console.print(
+        f"F.linear alone on a 4x4: {alone:.2f} us; ours, functional, 4->4 on 2x2: {ours / alone:.2f} times that"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _eager
 
 _pack = torch.ops.conv1x1_ext._pack_weight.default
 _fprop = torch.ops.conv1x1_ext._fprop_packed.default
@@ -34,7 +34,7 @@ class PackedWeight:
                 "prepack: weight: expected a tensor that counts its writes, got an inference tensor (made under "
                 "torch.inference_mode()): a stale packed weight could not be told from a fresh one"
             )
-        config = ops._config(None, 1, groups, weight.dim() - 2)
+        config = _eager.make_config(None, 1, groups, weight.dim() - 2)
         with torch.no_grad():
             self.panels: Tensor = _pack(input, weight, config)
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
@@ -71,14 +71,14 @@ class PackedWeight:
     ) -> Tensor | None:
         """:func:`conv1x1` by the panels, or None where a gradient or a transform needs more than a plain call."""
         if (
-            type(input) not in ops._PLAIN
-            or (residual is not None and type(residual) not in ops._PLAIN)
+            type(input) not in _eager.PLAIN
+            or (residual is not None and type(residual) not in _eager.PLAIN)
             or torch._C._is_any_autocast_enabled()
-            or ops._transformed()
-            or (torch.is_grad_enabled() and ops._needs_grad(input, weight, bias, residual))
+            or _eager.transformed()
+            or (torch.is_grad_enabled() and _eager.needs_grad(input, weight, bias, residual))
         ):
             return None
-        config = ops._config(activation, stride, groups, self._spatial)  # type: ignore[arg-type]
+        config = _eager.make_config(activation, stride, groups, self._spatial)  # type: ignore[arg-type]
         if not config:
             return None
         output: Tensor = _fprop(input, weight, self.panels, bias, residual, config)

@@ -10,28 +10,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library
+from ._eager import ACTIVATIONS, activation_name, decode_config
+from ._formulas import DERIVATIVES, MASKED, avg_pool_backward_formula, backward_formula
 from ._functorch import call, register
-from .ops import ACTIVATIONS, MASKED, activation_name, backward_formula
 
 _ops = torch.ops.conv1x1_ext
 _aten = torch.ops.aten
 
 
-def _silu_derivative(grad: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return grad * (s * (1 + z * (1 - s)))
-
-
-# activation'(z) * grad by torch's own, differentiable functions.
-_derivatives: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda grad, z: grad,
-    "relu": lambda grad, z: _aten.threshold_backward(grad, z, 0),
-    "relu6": lambda grad, z: _aten.hardtanh_backward(grad, z, 0.0, 6.0),
-    "silu": lambda grad, z: _silu_derivative(grad, z),  # silu_backward has no derivative of its own
-    "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
-    "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
-}
-assert set(_derivatives) == {activation_name(a) for a in ACTIVATIONS}
+assert set(DERIVATIVES) == {activation_name(a) for a in ACTIVATIONS}
 
 
 # ---- fake tensors -------------------------------------------------------------------------------------------------
@@ -177,16 +164,10 @@ def _avg_pool_backward_fake(
     )
 
 
-def _decode(config: int, weight: Tensor) -> tuple[list[int], int, str, bool]:
-    """Stride, groups, activation and allow_tf32 of the private operators' config (csrc/tensor_checks.h)."""
-    stride = [config >> (4 + 10 * d) & 1023 for d in range(max(5 - weight.dim(), 0), 3)]
-    return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 7]), bool(config & 8)
-
-
 # The private operators meet fake or meta tensors where no mode announces them: a module on the meta device.
 @torch.library.register_fake("conv1x1_ext::_fprop")
 def _fprop_fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
-    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *_decode(config, weight))
+    output: Tensor = _conv1x1_fake(input, weight, bias, residual, *decode_config(config, weight))
     return output
 
 
@@ -204,8 +185,25 @@ def _backward_fake(
 ) -> tuple[Tensor | None, ...]:
     need = [bool(wanted >> i & 1) for i in range(4)]
     grads: tuple[Tensor | None, ...] = _conv1x1_backward_fake(
-        grad_output, input, weight, output, *_decode(config, weight), *need
+        grad_output, input, weight, output, *decode_config(config, weight), *need
     )
+    return grads
+
+
+@torch.library.register_fake("conv1x1_ext::_avg_pool")
+def _avg_pool_private_fake(input: Tensor, weight: Tensor, bias: Tensor | None, config: int) -> Tensor:
+    _, *plain = decode_config(config, weight)
+    output: Tensor = _avg_pool_fake(input, weight, bias, *plain)
+    return output
+
+
+@torch.library.register_fake("conv1x1_ext::_avg_pool_backward")
+def _avg_pool_backward_private_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, config: int, wanted: int
+) -> tuple[Tensor | None, ...]:
+    _, *plain = decode_config(config, weight)
+    need = [bool(wanted >> i & 1) for i in range(3)]
+    grads: tuple[Tensor | None, ...] = _avg_pool_backward_fake(grad_output, input, weight, bias, *plain, *need)
     return grads
 
 
@@ -227,7 +225,7 @@ def _conv1x1_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     output = None
     if len(extra) == 2:
         z = call(_ops.conv1x1.default, input, weight, *extra, stride, groups, "none", allow_tf32)
-        grad, activation = _derivatives[activation](grad, z), "none"
+        grad, activation = DERIVATIVES[activation](grad, z), "none"
     else:
         (output,) = extra
     need = tuple(ctx.needs_input_grad[:4])
@@ -266,7 +264,7 @@ def _backward_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
         terms += [] if ddw is None else [conv(input, ddw)]
         terms += [] if ddbias is None else [ddbias.reshape([-1] + [1] * (weight.dim() - 2)).expand_as(grad_output)]
         d_grad = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(grad_output)
-        d_grad = d_grad if output is None else _derivatives[activation](d_grad, output)
+        d_grad = d_grad if output is None else DERIVATIVES[activation](d_grad, output)
     d_input = gradient(input, ddw, 0) if need_input and ddw is not None else None
     d_weight = gradient(ddx, weight, 1) if need_weight and ddx is not None else None
     return d_grad, d_input, d_weight, None, *([None] * 8)
@@ -281,14 +279,7 @@ def _avg_pool_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias = ctx.saved_tensors
     groups, activation, allow_tf32 = ctx.plain
     need = ctx.needs_input_grad[:3]
-    if not torch.is_grad_enabled():
-        grads = call(_ops.conv1x1_avg_pool_backward.default, grad, input, weight, bias, *ctx.plain, *need)
-    else:  # create_graph: by differentiable operators, which do hold the pre-activation
-        z = call(_ops.conv1x1.default, input, weight, bias, None, [1], groups, "none", allow_tf32)
-        spatial = weight.dim() - 2
-        pixels = max(z.shape[-spatial:].numel(), 1)
-        dz = _derivatives[activation](grad.reshape([*grad.shape] + [1] * spatial).expand_as(z) / pixels, z)
-        grads = backward_formula(dz, input, weight, None, [1], groups, "none", allow_tf32, (*need, False))[:3]
+    grads = avg_pool_backward_formula(grad, input, weight, bias, groups, activation, allow_tf32, need)
     return *grads, None, None, None
 
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ._eager import activation_name, compiling, config_of, fast_conv1x1
 from ._packed import PackedWeight
-from .ops import activation_name, conv1x1, conv1x1_avg_pool
+from .ops import conv1x1, conv1x1_avg_pool
 
 
 class _Conv1x1Mixin(nn.Module):
@@ -18,6 +19,8 @@ class _Conv1x1Mixin(nn.Module):
     _conv: ClassVar[type[nn.modules.conv._ConvNd]]
     activation: str | None
     _packed: PackedWeight | None = None  # never a buffer: not in the state_dict
+    # stride, groups, activation and the weight's dimensions that a config was made of, and the config.
+    _configured: tuple[Any, Any, Any, int, int] = (None, None, None, 0, 0)
 
     def __init__(
         self,
@@ -75,24 +78,49 @@ class _Conv1x1Mixin(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        if self._packed is not None and not torch.compiler.is_compiling():
-            if self._packed.is_of(weight):
-                arguments: Any = (self.bias, self.stride, self.groups, self.activation, residual)
-                output = self._packed.conv1x1(input, weight, *arguments)
-                if output is not None:
-                    return output
-            else:
-                self._packed = None
+        if not compiling():
+            output = self._fast(input, residual)
+            if output is not None:
+                return output
         return conv1x1(
             input,
-            weight,
+            self.weight,  # type: ignore[arg-type]
             self.bias,  # type: ignore[arg-type]
             self.stride,  # type: ignore[arg-type]
             groups=self.groups,  # type: ignore[arg-type]
             activation=self.activation,
             residual=residual,
         )
+
+    def _fast(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """A packed weight's call, or a plain one, or None where there is more to think about."""
+        weight: Any
+        bias: Any
+        try:  # nn.Module finds them there too, but after having looked elsewhere: 0.3 us each
+            parameters = self._parameters
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, pruned, ...
+            weight, bias = self.weight, self.bias
+        if self._packed is not None:
+            if self._packed.is_of(weight):
+                arguments: Any = (bias, self.stride, self.groups, self.activation, residual)
+                output = self._packed.conv1x1(input, weight, *arguments)
+                if output is not None:
+                    return output
+            else:
+                self._packed = None
+        if type(weight) is not nn.Parameter:
+            return None
+        stride, groups, activation, dims, config = self._configured
+        if (
+            stride is not self.stride
+            or groups is not self.groups
+            or activation is not self.activation
+            or dims != weight.dim()
+        ):
+            config = config_of(self.activation, self.stride, self.groups, weight)
+            self._configured = (self.stride, self.groups, self.activation, weight.dim(), config)
+        return fast_conv1x1(input, weight, bias, residual, config) if config else None
 
     def prepack(self, input: Tensor) -> Any:
         """Packs the weight once for the kernels that inputs like ``input`` run, in evaluation without gradients.
@@ -137,7 +165,7 @@ class _Conv1x1Mixin(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_configured")}
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

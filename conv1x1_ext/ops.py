@@ -1,15 +1,14 @@
 """The functional API, and how a call finds its way to a kernel.
 
 Plain eager calls go to a private operator, or through a module-level ``torch.autograd.Function`` where a gradient is
-needed: small calls are won here. Everything else (compile, export, functorch transforms, dispatch modes, tensor
-subclasses) goes to the public operators, whose rules are in ``_registrations.py``. Both share one backward formula.
+needed: ``_eager.py``. Everything else (compile, export, functorch transforms, dispatch modes, tensor
+subclasses) goes to the public operators, whose rules are in ``_registrations.py``. Both share the backward formulas
+in ``_formulas.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,155 +17,26 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
+from ._eager import (
+    PLAIN,
+    activation_name,
+    allow_tf32,
+    apply_activation,
+    autocasting,
+    compiling,
+    config_of,
+    fast_avg_pool,
+    fast_conv1x1,
+    make_config,
+    needs_grad,
+    plain_conv1x1,
+    stride_tuple,
+    transformed,
+)
+from ._formulas import MASKED
 from ._functorch import call
 
 _ops = torch.ops.conv1x1_ext
-_fprop = _ops._fprop.default
-_backward = _ops._backward.default
-
-# The order is csrc/problem.h's.
-ACTIVATIONS: tuple[str | None, ...] = (None, "relu", "relu6", "silu", "hardswish", "gelu")
-# Their derivative is a function of the saved output; the others need the pre-activation.
-MASKED = ("relu", "relu6")
-
-_forward_functions: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-}
-_PLAIN = (Tensor, torch.nn.Parameter)
-_MAX_STRIDE, _MAX_GROUPS = 1 << 10, 1 << 28
-_TF32 = 1 << 3  # in the private operators' config
-
-
-def apply_activation(x: Tensor, activation: str | None) -> Tensor:
-    """torch's own activation function by our name for it."""
-    return _forward_functions[activation](x)
-
-
-def activation_name(activation: str | None) -> str:
-    """The name that the operators' schemas use; checks it.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"conv1x1: activation: expected one of {known}, got {activation!r}")
-    return "none" if activation is None else activation
-
-
-@lru_cache(maxsize=4096)
-def _config(activation: str | None, stride: int | tuple[int, ...], groups: int, spatial: int) -> int:
-    """The private operators' one integer (csrc/tensor_checks.h), or 0 where the arguments do not fit into it."""
-    index = ACTIVATIONS.index(activation if activation is None else activation_name(activation))
-    strides = (stride,) * spatial if isinstance(stride, int) else stride if len(stride) == spatial else stride * spatial
-    fits = all(type(s) is int and 0 < s < _MAX_STRIDE for s in strides) and type(groups) is int
-    if not fits or not 0 < groups < _MAX_GROUPS or not 0 < spatial <= 3 or len(strides) != spatial:
-        return 0
-    config = groups << 34 | index
-    for d, s in enumerate((1,) * (3 - spatial) + strides):
-        config |= s << (4 + 10 * d)
-    return config
-
-
-def _stride_tuple(stride: Any) -> tuple[int, ...]:
-    """One stride, or one per spatial dimension.
-
-    Raises:
-        TypeError: for anything else than integers.
-    """
-    strides = (stride,) if isinstance(stride, int | torch.SymInt) else stride
-    if not isinstance(strides, Sequence) or not all(isinstance(s, int | torch.SymInt) for s in strides):
-        raise TypeError(f"conv1x1: stride: expected an integer or a sequence of integers, got {stride!r}")
-    return tuple(strides)
-
-
-def _transformed() -> bool:
-    """Is anything between us and the kernels that must see a public operator?"""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-@torch.compiler.assume_constant_result
-def _conv_uses_tf32() -> bool:
-    """torch's own question for its convolutions, Context::allowTF32CuDNN(Float32Op::CONV).
-
-    The getter sees the older setting (torch.backends.cudnn.allow_tf32) and the newer ones (fp32_precision of conv, of
-    cuDNN and of torch, inherited in that order), in any mixture; the older property raises once the newer are in use.
-    Dynamo cannot trace it and has no guard for it: a compiled or exported graph keeps the answer of its trace.
-    """
-    return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
-
-
-def _allow_tf32(input: Tensor) -> bool:
-    # Only float32 CUDA kernels ask; TF32 is used exactly when torch's own convolutions would use it.
-    return input.is_cuda and input.dtype == torch.float32 and _conv_uses_tf32()
-
-
-class _Conv1x1(torch.autograd.Function):
-    """The eager fast path with gradients. Saves input, weight and, where it is a mask, the output."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
-    ) -> Tensor:
-        output: Tensor = _fprop(input, weight, bias, residual, config)
-        ctx.config = config
-        ctx.save_for_backward(input, weight, output if config & 7 else None)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight, output = ctx.saved_tensors
-        need_input, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        config = ctx.config
-        if input.is_cuda:  # as torch's: what is set now, not what was set in the forward
-            config = config & ~_TF32 | _allow_tf32(input) * _TF32
-        if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
-            spatial = weight.dim() - 2
-            stride = [config >> (4 + 10 * d) & 1023 for d in range(3 - spatial, 3)]
-            name = activation_name(ACTIVATIONS[config & 7])
-            return *backward_formula(
-                grad, input, weight, output, stride, config >> 34, name, bool(config & _TF32),
-                (need_input, need_weight, need_bias, need_residual),
-            ), None  # fmt: skip
-        masked_residual = need_residual and output is not None
-        wanted = need_input | need_weight << 1 | need_bias << 2 | masked_residual << 3
-        dx, dw, dbias, dz = _backward(grad, input, weight, output, config, wanted)
-        return dx, dw, dbias, dz if masked_residual else grad if need_residual else None, None
-
-
-def backward_formula(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor | None,
-    stride: Sequence[int],
-    groups: int,
-    activation: str,
-    allow_tf32: bool,
-    need: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias and residual by the public, differentiable backward operator."""
-    need_input, need_weight, need_bias, need_residual = need
-    masked = activation in MASKED
-    dx, dw, dbias, dz = call(
-        _ops.conv1x1_backward.default, grad, input, weight, output if masked else None, stride, groups, activation,
-        allow_tf32, need_input, need_weight, need_bias, need_residual and masked,
-    )  # fmt: skip
-    return dx, dw, dbias, (dz if masked else grad) if need_residual else None
 
 
 def conv1x1(
@@ -204,48 +74,13 @@ def conv1x1(
         ValueError: an unknown activation.
         TypeError: an argument of the wrong type.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and type(input) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and (residual is None or type(residual) in _PLAIN)
-        and not torch._C._is_any_autocast_enabled()
-        and not _transformed()
-    ):
-        return _eager(input, weight, bias, stride, groups, activation, residual)
+    if not compiling() and type(weight) in PLAIN:
+        config = config_of(activation, stride, groups, weight)
+        if config:
+            output = fast_conv1x1(input, weight, bias, residual, config)
+            if output is not None:
+                return output
     return _general(input, weight, bias, stride, groups, activation, residual)
-
-
-def _eager(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    groups: int,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    if activation.__class__ is not str and activation is not None:
-        activation_name(activation)
-    config = _config(activation, stride if type(stride) is int else _stride_tuple(stride), groups, weight.dim() - 2)
-    if not config:  # a stride or a number of groups that does not fit, or an error to be raised
-        return _public(input, weight, bias, stride, groups, activation, residual)
-    if input.is_cuda:
-        config |= _allow_tf32(input) * _TF32
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        if activation is None or activation in MASKED:
-            output: Tensor = _Conv1x1.apply(input, weight, bias, residual, config)
-            return output
-        # The pre-activation is what the derivative needs, so it is what gets saved, by torch's own function.
-        return apply_activation(_Conv1x1.apply(input, weight, bias, residual, config & ~7), activation)
-    result: Tensor = _fprop(input, weight, bias, residual, config)
-    return result
 
 
 def _public(
@@ -257,10 +92,10 @@ def _public(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    fused = activation is None or activation in MASKED or not _needs_grad(input, weight, bias, residual)
+    fused = activation is None or activation in MASKED or not needs_grad(input, weight, bias, residual)
     output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, _stride_tuple(stride), groups,
-        activation_name(activation if fused else None), _allow_tf32(input),
+        _ops.conv1x1.default, input, weight, bias, residual, stride_tuple(stride), groups,
+        activation_name(activation if fused else None), allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
 
@@ -296,14 +131,18 @@ def _general(
         )
         return handled
     activation_name(activation)
-    input, weight, bias, residual = autocast(input, weight, bias, residual)  # type: ignore[assignment]
-    if torch.compiler.is_compiling():
+    if compiling() or autocasting():
+        input, weight, bias, residual = autocast(input, weight, bias, residual)  # type: ignore[assignment]
+    if compiling():
         return _public(input, weight, bias, stride, groups, activation, residual)
     if forward_ad._current_level >= 0:  # torch's own operators have the tangents' rules
         return reference_forward(input, weight, bias, stride, groups, activation, residual)
-    if _transformed() or any(type(t) not in _PLAIN for t in (input, weight, bias, residual) if t is not None):
+    if transformed() or any(type(t) not in PLAIN for t in (input, weight, bias, residual) if t is not None):
         return _public(input, weight, bias, stride, groups, activation, residual)
-    return _eager(input, weight, bias, stride, groups, activation, residual)
+    config = make_config(activation, stride if type(stride) is int else stride_tuple(stride), groups, weight.dim() - 2)
+    if not config:  # a stride or a number of groups that does not fit, or an error to be raised
+        return _public(input, weight, bias, stride, groups, activation, residual)
+    return plain_conv1x1(input, weight, bias, residual, config)
 
 
 def check_tensors(**tensors: object) -> None:
@@ -350,8 +189,14 @@ def conv1x1_avg_pool(
     Raises:
         RuntimeError, ValueError, TypeError: as :func:`conv1x1`.
     """
+    if not compiling() and activation is not None and type(weight) in PLAIN:
+        config = config_of(activation, 1, groups, weight)
+        if config:
+            output = fast_avg_pool(input, weight, bias, config)
+            if output is not None:
+                return output
     check_tensors(input=input, weight=weight, bias=bias)
-    if has_torch_function_variadic(input, weight, bias) and not torch.compiler.is_compiling():
+    if has_torch_function_variadic(input, weight, bias) and not compiling():
         tensors = tuple(t for t in (input, weight, bias) if t is not None)
         handled: Tensor = handle_torch_function(
             conv1x1_avg_pool, tensors, input, weight, bias, groups=groups, activation=activation
@@ -363,9 +208,9 @@ def conv1x1_avg_pool(
     pools_first = activation is None and input.dim() in (weight.dim(), weight.dim() - 1) and weight.dim() > 2
     if pools_first and input.is_floating_point():
         return conv1x1(input.mean(spatial, keepdim=True), weight, bias, groups=groups).flatten(spatial[0] - 1)
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not compiling() and forward_ad._current_level >= 0:
         return reference_forward(input, weight, bias, 1, groups, activation, None).mean(spatial)
-    result: Tensor = call(_ops.conv1x1_avg_pool.default, input, weight, bias, groups, name, _allow_tf32(input))
+    result: Tensor = call(_ops.conv1x1_avg_pool.default, input, weight, bias, groups, name, allow_tf32(input))
     return result
 
 
@@ -404,17 +249,17 @@ def explain(
     name = activation_name(activation)
     with torch.no_grad():
         cast = autocast(input, weight, bias, residual)
-        allow_tf32 = _allow_tf32(cast[0])  # type: ignore[arg-type]
-        text = _ops._explain(*cast, _stride_tuple(stride), groups, name, allow_tf32, direction)
+        tf32 = allow_tf32(cast[0])  # type: ignore[arg-type]
+        text = _ops._explain(*cast, stride_tuple(stride), groups, name, tf32, direction)
     out = Explanation(_library.key_values(text))
-    needs_grad = _needs_grad(input, weight, bias, residual)
+    wants_grad = needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:
         out["route"] = "torch's own convolution: a forward-mode AD level is active"
-    elif _transformed() or any(type(t) not in _PLAIN for t in cast if t is not None):
+    elif transformed() or any(type(t) not in PLAIN for t in cast if t is not None):
         out["route"] = "public operator: a transform, a dispatch mode or a tensor subclass is involved"
     else:
-        out["route"] = "eager fast path" + (", autograd function" if needs_grad else ", no gradient needed")
-    if needs_grad and activation not in (None, *MASKED):
+        out["route"] = "eager fast path" + (", autograd function" if wants_grad else ", no gradient needed")
+    if wants_grad and activation not in (None, *MASKED):
         out["activation"] = f"{activation} by torch after the kernel: its gradient needs the pre-activation"
     elif direction in ("fprop", "avg_pool"):
         out["activation"] = f"{activation}, in the kernel's epilogue"

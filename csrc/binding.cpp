@@ -1,9 +1,7 @@
 #include "binding.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "strides.h"
 
@@ -47,9 +45,9 @@ Conv1x1Problem problem_of(const ConvArgs& args, const Tensor& input, const Tenso
   return p;
 }
 
-VectorView bias_view(const ConvArgs& args, const MaybeTensor& bias) {
+VectorView bias_view(const ConvArgs& args, const Tensor& bias) {
   if (!bias) return {};
-  return {const_cast<void*>(bias->const_data_ptr()), args.bias.size[0] == 1 ? 1 : args.bias.stride[0]};
+  return {const_cast<void*>(bias.const_data_ptr()), args.bias.size[0] == 1 ? 1 : args.bias.stride[0]};
 }
 
 Tensor allocate_output(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, ActivationView* view) {
@@ -160,12 +158,12 @@ Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& i
 }
 
 Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-             const MaybeTensor& bias, const MaybeTensor& residual, const Tensor* packed) {
+             const Tensor& bias, const Tensor& residual, const Tensor* packed) {
   Conv1x1Problem p = problem_of(args, input, weight);
   Tensor out = allocate_output(backend, args, p, &p.y);
   if (p.c_in == 0) return out;  // no output channels either
   p.bias = bias_view(args, bias);
-  if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
+  if (residual) p.residual = activation_view(residual, args.residual, args.batched());
   GemmProblem g = lower_fprop(p);
   if (packed) g.packed_weight = panels_for(backend, g, *packed);
   backend.gemm(g);
@@ -173,12 +171,12 @@ Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, 
 }
 
 ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
-                   const Tensor& input, const Tensor& weight, const MaybeTensor& output, const TensorInfo& y,
+                   const Tensor& input, const Tensor& weight, const Tensor& output, const TensorInfo& y,
                    const Wanted& wanted) {
   const bool batched = args.batched();
   Conv1x1Problem p = problem_of(args, input, weight);
   p.dy = activation_view(grad_output, dy, batched);
-  if (output && args.activation != Activation::kNone) p.y = activation_view(*output, y, batched);
+  if (output && args.activation != Activation::kNone) p.y = activation_view(output, y, batched);
   ConvGrads grads;
   if (wanted.residual) {
     // The residual's gradient is the masked dy itself: made once, it then serves the other gradients.
@@ -187,27 +185,27 @@ ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& g
     p.dy = p.dx;
     p.y = ActivationView();
     p.activation = Activation::kNone;
-    std::get<3>(grads) = dz;
+    grads[3] = std::move(dz);
   }
   const bool empty = p.c_in == 0;  // grad_output has no elements then
   if (wanted.input) {
     Tensor dx = allocate_input_grad(backend, args, p, &p.dx);
     if (p.strided()) backend.zero_fill(p);
     if (!empty) backend.gemm(lower_dgrad(p));
-    std::get<0>(grads) = dx;
+    grads[0] = std::move(dx);
   }
-  if (wanted.weight) std::get<1>(grads) = allocate_weight_grad(args, &p.dw);
+  if (wanted.weight) grads[1] = allocate_weight_grad(args, &p.dw);
   if (wanted.bias) {
     Tensor dbias = allocate_bias_grad(args, p, &p.dbias);
-    if (empty) torch::stable::zero_(dbias);
-    std::get<2>(grads) = dbias;
+    if (empty) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dbias.get()));
+    grads[2] = std::move(dbias);
   }
   if ((wanted.weight || wanted.bias) && !empty) backend.gemm(lower_wgrad(p));
   return grads;
 }
 
 Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                const MaybeTensor& bias) {
+                const Tensor& bias) {
   Conv1x1Problem p = problem_of(args, input, weight);
   p.bias = bias_view(args, bias);
   const int64_t size[2] = {p.batch, args.input.size[args.batched() ? 1 : 0] == 0 ? 0 : p.c_out},
@@ -219,7 +217,7 @@ Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& inpu
 }
 
 AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
-                               const TensorInfo& dy, const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                               const TensorInfo& dy, const Tensor& input, const Tensor& weight, const Tensor& bias,
                                const Wanted& wanted) {
   Conv1x1Problem p = problem_of(args, input, weight);
   p.bias = bias_view(args, bias);
@@ -227,23 +225,23 @@ AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, con
   p.dy.stride[0] = args.batched() ? dy.stride[0] : 0;
   p.dy.stride[1] = dy.stride[args.batched() ? 1 : 0];
   AvgPoolGrads grads;
-  if (wanted.input) std::get<0>(grads) = allocate_input_grad(backend, args, p, &p.dx);
-  if (wanted.weight) std::get<1>(grads) = allocate_weight_grad(args, &p.dw);
+  if (wanted.input) grads[0] = allocate_input_grad(backend, args, p, &p.dx);
+  if (wanted.weight) grads[1] = allocate_weight_grad(args, &p.dw);
   if (wanted.bias) {
     Tensor dbias = allocate_bias_grad(args, p, &p.dbias);
-    if (p.c_in == 0) torch::stable::zero_(dbias);
-    std::get<2>(grads) = dbias;
+    if (p.c_in == 0) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(dbias.get()));
+    grads[2] = std::move(dbias);
   }
   if (p.c_in != 0) backend.avg_pool_backward(p);
   return grads;
 }
 
 std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                    const MaybeTensor& bias, const MaybeTensor& residual, const std::string& direction) {
+                    const Tensor& bias, const Tensor& residual, const std::string& direction) {
   Conv1x1Problem p = problem_of(args, input, weight);
   if (p.c_in == 0) return "kernel=none: no input channels, no output channels";
   p.bias = bias_view(args, bias);
-  if (residual) p.residual = activation_view(*residual, args.residual, args.batched());
+  if (residual) p.residual = activation_view(residual, args.residual, args.batched());
   Tensor y = allocate_output(backend, args, p, &p.y);
   if (direction == "fprop") return backend.explain(lower_fprop(p));
   if (direction == "avg_pool") return backend.explain_avg_pool(p);

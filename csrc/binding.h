@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -45,42 +46,36 @@ class Backend {
   ~Backend() = default;
 };
 
-using MaybeTensor = std::optional<Tensor>;
-using ConvGrads = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
-using AvgPoolGrads = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor>;
+using ConvGrads = std::array<Tensor, 4>;     // of input, weight, bias and residual; those that are wanted
+using AvgPoolGrads = std::array<Tensor, 3>;  // of input, weight and bias
 
 struct Wanted {  // gradients
   bool input, weight, bias, residual;
 };
 
+// The private operators' bits.
+inline Wanted decode_wanted(int64_t wanted) {
+  return {(wanted & 1) != 0, (wanted & 2) != 0, (wanted & 4) != 0, (wanted & 8) != 0};
+}
+
 Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, const TensorInfo& like);
 
-// The operators, on checked arguments.
+// The operators, on checked arguments; bias, residual and output may be none.
 // `packed`, where given, is of pack_weight(); panels of another layout than this call's are left aside.
 Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-             const MaybeTensor& bias, const MaybeTensor& residual, const Tensor* packed = nullptr);
+             const Tensor& bias, const Tensor& residual, const Tensor* packed = nullptr);
 Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight);
 ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
-                   const Tensor& input, const Tensor& weight, const MaybeTensor& output, const TensorInfo& y,
+                   const Tensor& input, const Tensor& weight, const Tensor& output, const TensorInfo& y,
                    const Wanted& wanted);
 Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                const MaybeTensor& bias);
+                const Tensor& bias);
 AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
-                               const TensorInfo& dy, const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
+                               const TensorInfo& dy, const Tensor& input, const Tensor& weight, const Tensor& bias,
                                const Wanted& wanted);
 // `direction`: fprop, dgrad, wgrad or avg_pool.
 std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                    const MaybeTensor& bias, const MaybeTensor& residual, const std::string& direction);
-
-inline ConvArgs conv_args(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
-                          const MaybeTensor& residual) {
-  ConvArgs args;
-  args.input = info_of(input);
-  args.weight = info_of(weight);
-  args.bias = info_of(bias);
-  args.residual = info_of(residual);
-  return args;
-}
+                    const Tensor& bias, const Tensor& residual, const std::string& direction);
 
 inline void set_conv(ConvArgs& args, int64_t groups, const std::string& activation, bool allow_tf32) {
   args.groups = groups;
@@ -88,94 +83,140 @@ inline void set_conv(ConvArgs& args, int64_t groups, const std::string& activati
   set_activation(args, activation);
 }
 
-// The schemas of ops.cpp for one device: D is its Backend, made from `const ConvArgs&`.
+// The schemas of ops.cpp for one device: D is its Backend, made from `const ConvArgs&`. Every handle that comes in is
+// ours: it goes into a Tensor before anything can throw.
 template <class D>
 struct Operators {
-  static Tensor conv1x1(const Tensor& input, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+  using Handle = AtenTensorHandle;
+  using MaybeHandle = std::optional<AtenTensorHandle>;
+  using FourGrads = std::tuple<MaybeResult, MaybeResult, MaybeResult, MaybeResult>;
+  using ThreeGrads = std::tuple<MaybeResult, MaybeResult, MaybeResult>;
+
+  // The arguments that every operator has, and what the checks read of them.
+  struct Operands {
+    const Tensor input, weight, bias, residual;
+    ConvArgs args;
+
+    Operands(Handle input_, Handle weight_, MaybeHandle bias_ = {}, MaybeHandle residual_ = {})
+        : input(input_), weight(weight_), bias(bias_), residual(residual_) {
+      args.input = info_of(input);
+      args.weight = info_of(weight);
+      args.bias = info_of(bias);
+      args.residual = info_of(residual);
+    }
+
+    Result fprop(const Tensor* packed = nullptr) const {
+      raise_if(check_conv(args));
+      return conv1x1::fprop(D(args), args, input, weight, bias, residual, packed).release();
+    }
+
+    FourGrads backward(const Tensor& grad_output, const Tensor& output, const Wanted& wanted) const {
+      const TensorInfo dy = info_of(grad_output), y = info_of(output);
+      raise_if(check_backward(args, dy, y));
+      ConvGrads grads = conv1x1::backward(D(args), args, grad_output, dy, input, weight, output, y, wanted);
+      return {grads[0].release_if_any(), grads[1].release_if_any(), grads[2].release_if_any(),
+              grads[3].release_if_any()};
+    }
+
+    Result avg_pool() const {
+      raise_if(check_conv(args));
+      return conv1x1::avg_pool(D(args), args, input, weight, bias).release();
+    }
+
+    ThreeGrads avg_pool_backward(const Tensor& grad_output, const Wanted& wanted) const {
+      const TensorInfo dy = info_of(grad_output);
+      raise_if(check_avg_pool_backward(args, dy));
+      AvgPoolGrads grads = conv1x1::avg_pool_backward(D(args), args, grad_output, dy, input, weight, bias, wanted);
+      return {grads[0].release_if_any(), grads[1].release_if_any(), grads[2].release_if_any()};
+    }
+  };
+
+  static Result conv1x1(Handle input, Handle weight, MaybeHandle bias, MaybeHandle residual,
                         std::vector<int64_t> stride, int64_t groups, std::string activation, bool allow_tf32) {
-    ConvArgs args = conv_args(input, weight, bias, residual);
-    set_stride(args, stride);
-    set_conv(args, groups, activation, allow_tf32);
-    raise_if(check_conv(args));
-    return fprop(D(args), args, input, weight, bias, residual);
+    Operands t(input, weight, bias, residual);
+    set_stride(t.args, stride);
+    set_conv(t.args, groups, activation, allow_tf32);
+    return t.fprop();
   }
 
-  static Tensor fprop_private(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
-                              const MaybeTensor& residual, int64_t config) {
-    ConvArgs args = conv_args(input, weight, bias, residual);
-    decode_config(args, config);
-    raise_if(check_conv(args));
-    return fprop(D(args), args, input, weight, bias, residual);
+  static Result fprop_private(Handle input, Handle weight, MaybeHandle bias, MaybeHandle residual, int64_t config) {
+    Operands t(input, weight, bias, residual);
+    decode_config(t.args, config);
+    return t.fprop();
   }
 
-  static Tensor pack_weight(const Tensor& input, const Tensor& weight, int64_t config) {
-    ConvArgs args = conv_args(input, weight, std::nullopt, std::nullopt);
-    decode_config(args, config);
-    raise_if(check_conv(args));
-    return conv1x1::pack_weight(D(args), args, input, weight);
+  static Result pack_weight(Handle input, Handle weight, int64_t config) {
+    Operands t(input, weight);
+    decode_config(t.args, config);
+    raise_if(check_conv(t.args));
+    return conv1x1::pack_weight(D(t.args), t.args, t.input, t.weight).release();
   }
 
-  static Tensor fprop_packed(const Tensor& input, const Tensor& weight, const Tensor& packed, const MaybeTensor& bias,
-                             const MaybeTensor& residual, int64_t config) {
-    ConvArgs args = conv_args(input, weight, bias, residual);
-    decode_config(args, config);
-    raise_if(check_conv(args));
-    return fprop(D(args), args, input, weight, bias, residual, &packed);
+  static Result fprop_packed(Handle input, Handle weight, Handle packed_, MaybeHandle bias, MaybeHandle residual,
+                             int64_t config) {
+    const Tensor packed(packed_);
+    Operands t(input, weight, bias, residual);
+    decode_config(t.args, config);
+    return t.fprop(&packed);
   }
 
-  static ConvGrads backward_checked(const ConvArgs& args, const Tensor& grad_output, const Tensor& input,
-                                    const Tensor& weight, const MaybeTensor& output, const Wanted& wanted) {
-    const TensorInfo dy = info_of(grad_output), y = info_of(output);
-    raise_if(check_backward(args, dy, y));
-    return backward(D(args), args, grad_output, dy, input, weight, output, y, wanted);
+  static FourGrads conv1x1_backward(Handle grad_output_, Handle input, Handle weight, MaybeHandle output_,
+                                    std::vector<int64_t> stride, int64_t groups, std::string activation,
+                                    bool allow_tf32, bool need_input, bool need_weight, bool need_bias,
+                                    bool need_residual) {
+    const Tensor grad_output(grad_output_), output(output_);
+    Operands t(input, weight);
+    set_stride(t.args, stride);
+    set_conv(t.args, groups, activation, allow_tf32);
+    return t.backward(grad_output, output, {need_input, need_weight, need_bias, need_residual});
   }
 
-  static ConvGrads conv1x1_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                    const MaybeTensor& output, std::vector<int64_t> stride, int64_t groups,
-                                    std::string activation, bool allow_tf32, bool need_input, bool need_weight,
-                                    bool need_bias, bool need_residual) {
-    ConvArgs args = conv_args(input, weight, std::nullopt, std::nullopt);
-    set_stride(args, stride);
-    set_conv(args, groups, activation, allow_tf32);
-    return backward_checked(args, grad_output, input, weight, output,
-                            {need_input, need_weight, need_bias, need_residual});
+  static FourGrads backward_private(Handle grad_output_, Handle input, Handle weight, MaybeHandle output_,
+                                    int64_t config, int64_t wanted) {
+    const Tensor grad_output(grad_output_), output(output_);
+    Operands t(input, weight);
+    decode_config(t.args, config);
+    return t.backward(grad_output, output, decode_wanted(wanted));
   }
 
-  static ConvGrads backward_private(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                    const MaybeTensor& output, int64_t config, int64_t wanted) {
-    ConvArgs args = conv_args(input, weight, std::nullopt, std::nullopt);
-    decode_config(args, config);
-    return backward_checked(args, grad_output, input, weight, output,
-                            {(wanted & 1) != 0, (wanted & 2) != 0, (wanted & 4) != 0, (wanted & 8) != 0});
+  static Result conv1x1_avg_pool(Handle input, Handle weight, MaybeHandle bias, int64_t groups, std::string activation,
+                                 bool allow_tf32) {
+    Operands t(input, weight, bias);
+    set_conv(t.args, groups, activation, allow_tf32);
+    return t.avg_pool();
   }
 
-  static Tensor conv1x1_avg_pool(const Tensor& input, const Tensor& weight, const MaybeTensor& bias, int64_t groups,
-                                 std::string activation, bool allow_tf32) {
-    ConvArgs args = conv_args(input, weight, bias, std::nullopt);
-    set_conv(args, groups, activation, allow_tf32);
-    raise_if(check_conv(args));
-    return avg_pool(D(args), args, input, weight, bias);
+  static Result avg_pool_private(Handle input, Handle weight, MaybeHandle bias, int64_t config) {
+    Operands t(input, weight, bias);
+    decode_config(t.args, config);
+    return t.avg_pool();
   }
 
-  static AvgPoolGrads conv1x1_avg_pool_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                const MaybeTensor& bias, int64_t groups, std::string activation,
-                                                bool allow_tf32, bool need_input, bool need_weight, bool need_bias) {
-    ConvArgs args = conv_args(input, weight, bias, std::nullopt);
-    set_conv(args, groups, activation, allow_tf32);
-    const TensorInfo dy = info_of(grad_output);
-    raise_if(check_avg_pool_backward(args, dy));
-    return avg_pool_backward(D(args), args, grad_output, dy, input, weight, bias,
-                             {need_input, need_weight, need_bias, false});
+  static ThreeGrads conv1x1_avg_pool_backward(Handle grad_output_, Handle input, Handle weight, MaybeHandle bias,
+                                              int64_t groups, std::string activation, bool allow_tf32, bool need_input,
+                                              bool need_weight, bool need_bias) {
+    const Tensor grad_output(grad_output_);
+    Operands t(input, weight, bias);
+    set_conv(t.args, groups, activation, allow_tf32);
+    return t.avg_pool_backward(grad_output, {need_input, need_weight, need_bias, false});
   }
 
-  static std::string explain(const Tensor& input, const Tensor& weight, const MaybeTensor& bias,
-                             const MaybeTensor& residual, std::vector<int64_t> stride, int64_t groups,
-                             std::string activation, bool allow_tf32, std::string direction) {
-    ConvArgs args = conv_args(input, weight, bias, residual);
-    set_stride(args, stride);
-    set_conv(args, groups, activation, allow_tf32);
-    raise_if(check_conv(args));
-    return conv1x1::explain(D(args), args, input, weight, bias, residual, direction);
+  static ThreeGrads avg_pool_backward_private(Handle grad_output_, Handle input, Handle weight, MaybeHandle bias,
+                                              int64_t config, int64_t wanted) {
+    const Tensor grad_output(grad_output_);
+    Operands t(input, weight, bias);
+    decode_config(t.args, config);
+    return t.avg_pool_backward(grad_output, decode_wanted(wanted));
+  }
+
+  static std::string explain(Handle input, Handle weight, MaybeHandle bias, MaybeHandle residual,
+                             std::vector<int64_t> stride, int64_t groups, std::string activation, bool allow_tf32,
+                             std::string direction) {
+    Operands t(input, weight, bias, residual);
+    set_stride(t.args, stride);
+    set_conv(t.args, groups, activation, allow_tf32);
+    raise_if(check_conv(t.args));
+    return conv1x1::explain(D(t.args), t.args, t.input, t.weight, t.bias, t.residual, direction);
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {
@@ -187,6 +228,8 @@ struct Operators {
     m.impl("_pack_weight", TORCH_BOX(&Operators::pack_weight));
     m.impl("_fprop_packed", TORCH_BOX(&Operators::fprop_packed));
     m.impl("_backward", TORCH_BOX(&Operators::backward_private));
+    m.impl("_avg_pool", TORCH_BOX(&Operators::avg_pool_private));
+    m.impl("_avg_pool_backward", TORCH_BOX(&Operators::avg_pool_backward_private));
     m.impl("_explain", TORCH_BOX(&Operators::explain));
   }
 };

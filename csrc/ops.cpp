@@ -35,6 +35,10 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
   m.def(
       "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int config, int wanted) "
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def("_avg_pool(Tensor input, Tensor weight, Tensor? bias, int config) -> Tensor");
+  m.def(
+      "_avg_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int config, int wanted) "
+      "-> (Tensor?, Tensor?, Tensor?)");
 
   m.def(
       "_explain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int groups, str activation, "

@@ -1,25 +1,73 @@
-// stable::Tensor -> TensorInfo, and a failed check -> the exception that torch raises. The checks are in checks.h.
+// Tensors -> TensorInfo, and a failed check -> the exception that torch raises. The checks are in checks.h.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 
 namespace conv1x1 {
 
-using torch::stable::Tensor;
+// A result on its way to the dispatcher, which takes it over. Not a bare handle: that converts to
+// torch::stable::Tensor.
+struct Result {
+  AtenTensorHandle handle;
+};
+using MaybeResult = std::optional<Result>;
+
+// A tensor, or none, that is ours to give back. torch::stable::Tensor is a shared pointer to such a handle: an
+// allocation for every argument and two for every result, which small calls notice.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  explicit Tensor(const std::optional<AtenTensorHandle>& handle) : handle_(handle.value_or(nullptr)) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  AtenTensorHandle get() const { return handle_; }
+  Result release() { return {std::exchange(handle_, nullptr)}; }
+  MaybeResult release_if_any() { return handle_ ? MaybeResult(release()) : std::nullopt; }
+
+  int64_t numel() const {
+    int64_t count;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle_, &count));
+    return count;
+  }
+  const void* const_data_ptr() const {
+    const void* data;
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_, &data));
+    return data;
+  }
+  void* mutable_data_ptr() const {
+    void* data;
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_, &data));
+    return data;
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
 
 // Sizes and strides through their pointers, once: a small call is won by counting.
 inline TensorInfo info_of(const Tensor& tensor) {
   TensorInfo t;
   AtenTensorHandle handle = tensor.get();
+  if (!handle) return t;
   int64_t *size, *stride;
   int32_t dtype, type, index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &t.ndim));
@@ -36,8 +84,6 @@ inline TensorInfo info_of(const Tensor& tensor) {
   t.device_index = index;
   return t;
 }
-
-inline TensorInfo info_of(const std::optional<Tensor>& tensor) { return tensor ? info_of(*tensor) : TensorInfo(); }
 
 // Not STD_TORCH_CHECK: it puts the source file and line of the build machine before the message.
 inline void raise_if(const std::string& error) {

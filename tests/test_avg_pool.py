@@ -20,8 +20,11 @@ from helpers import (
     stock_forward,
     weight_of,
 )  # fmt: skip
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from conv1x1_ext import conv1x1_avg_pool
+from conv1x1_ext import conv1x1_avg_pool, explain
 
 SMOOTH = (None, "silu", "gelu")
 CASES = [
@@ -180,6 +183,87 @@ def test_grad_output_of_any_strides(layout, activation):
         randn((3, 15), x.dtype)[:, 1::2],
     ):
         close((x, w, b), dy, activation=activation)
+
+
+# ---- routes -------------------------------------------------------------------------------------------------------
+
+
+def operators_of(function):
+    """The result, and which of our operators ran."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        result = function()
+    return result, {e.key.split("::")[1] for e in prof.key_averages() if e.key.startswith("conv1x1_ext::")}
+
+
+def leaves_of(*need):
+    tensors = (torch.randn(2, 4, 3, 2), torch.randn(6, 2, 1, 1), torch.randn(6))
+    return [t.requires_grad_(bool(n)) for t, n in zip(tensors, need, strict=True)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("need", [(0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 0)], ids=str)
+def test_plain_calls_go_to_the_private_operators(need, activation):
+    x, w, b = leaves_of(*need)
+    asked = [t for t in (x, w, b) if t.requires_grad]
+    dy = torch.randn(2, 6)
+
+    def run(function):
+        y = function(x, w, b)
+        return [y, *(torch.autograd.grad(y, asked, dy) if asked else ())]
+
+    ours, names = operators_of(lambda: run(lambda *t: conv1x1_avg_pool(*t, groups=2, activation=activation)))
+    assert names == ({"_avg_pool", "_avg_pool_backward"} if asked else {"_avg_pool"})
+    op = torch.ops.conv1x1_ext.conv1x1_avg_pool
+    public, names = operators_of(lambda: run(lambda *t: op(*t, 2, activation, False)))
+    assert names == {"conv1x1_avg_pool", *(["conv1x1_avg_pool_backward"] if asked else [])}
+    assert all(torch.equal(a, e) for a, e in zip(ours, public, strict=True))
+    assert explain(x, w, b, groups=2, activation=activation, direction="avg_pool")["route"].startswith("eager fast")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "conv1x1_ext":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_transforms_see_the_public_operators():
+    x, w, b = leaves_of(1, 1, 1)
+    with Seen() as seen:
+        y = conv1x1_avg_pool(x, w, b, groups=2)
+    assert seen.names == {"conv1x1_avg_pool"}
+    y = conv1x1_avg_pool(x, w, b, groups=2)
+    with Seen() as seen:  # around the backward of a call that was made outside
+        y.sum().backward(retain_graph=True)
+    assert seen.names == {"conv1x1_avg_pool_backward"}
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 6 * (6 * 2)
+    per_image = torch.vmap(torch.func.grad(lambda x: conv1x1_avg_pool(x, w, b, groups=2).square().sum()))
+    _, names = operators_of(lambda: per_image(x.detach()))
+    assert "conv1x1_avg_pool" in names and not any(n.startswith("_") for n in names)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv1x1_avg_pool(x, w, b, groups=2).dtype == torch.bfloat16
+
+
+def test_create_graph_goes_through_differentiable_operators():
+    x, w, b = leaves_of(1, 1, 1)
+    y, names = operators_of(lambda: conv1x1_avg_pool(x, w, b, groups=2, activation="silu"))
+    assert names == {"_avg_pool"}
+    (dx,), names = operators_of(lambda: torch.autograd.grad(y.square().sum(), x, create_graph=True))
+    assert names == {"conv1x1", "conv1x1_backward"} and dx.requires_grad
+
+
+def test_a_tensor_that_outlived_a_transform_keeps_its_gradient():
+    w, b = leaves_of(0, 1, 1)[1:]
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(torch.randn(2, 4, 3, 2))
+    y = conv1x1_avg_pool(kept[0], w, b, groups=2)
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), (w, b)))
 
 
 MEMORY = """

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conv1x1_ext
-from conv1x1_ext import _registrations, conv1x1, conv1x1_avg_pool, ops
+from conv1x1_ext import _eager, conv1x1, conv1x1_avg_pool
 
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 BUILT = not conv1x1_ext.build_info()["cuda_archs"].startswith("none")
@@ -31,13 +31,13 @@ def precision():
     for place, value in zip(places, before, strict=True):
         setter(*place, value)
     torch.backends.cudnn.allow_tf32 = before[2] == "tf32"
-    assert ops._conv_uses_tf32() is (before[2] == "tf32")
+    assert _eager.conv_uses_tf32() is (before[2] == "tf32")
 
 
 @pytest.mark.parametrize("value", [True, False])
 def test_tf32_by_the_old_property(precision, value):
     torch.backends.cudnn.allow_tf32 = value
-    assert ops._conv_uses_tf32() is value
+    assert _eager.conv_uses_tf32() is value
 
 
 @pytest.mark.parametrize("conv,cudnn,generic", list(itertools.product(("ieee", "tf32", "none"), repeat=3)))
@@ -45,7 +45,7 @@ def test_tf32_by_the_new_settings(precision, conv, cudnn, generic):
     for place, value in ((("generic", "all"), generic), (("cuda", "all"), cudnn), (("cuda", "conv"), conv)):
         precision(*place, value)
     decides = next((value for value in (conv, cudnn, generic) if value != "none"), "none")
-    assert ops._conv_uses_tf32() is (decides == "tf32")
+    assert _eager.conv_uses_tf32() is (decides == "tf32")
 
 
 def test_tf32_where_the_old_property_raises(precision):
@@ -53,25 +53,25 @@ def test_tf32_where_the_old_property_raises(precision):
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     with pytest.raises(RuntimeError):
         _ = torch.backends.cudnn.allow_tf32
-    assert ops._conv_uses_tf32() is False
+    assert _eager.conv_uses_tf32() is False
 
 
 def test_only_float32_cuda_tensors_ask(monkeypatch):
     asked = []
-    monkeypatch.setattr(ops, "_conv_uses_tf32", lambda: asked.append(1) or True)
-    assert not ops._allow_tf32(torch.empty(1))
+    monkeypatch.setattr(_eager, "conv_uses_tf32", lambda: asked.append(1) or True)
+    assert not _eager.allow_tf32(torch.empty(1))
     with FakeTensorMode():
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
-            assert not ops._allow_tf32(torch.empty(1, dtype=dtype, device="cuda"))
+            assert not _eager.allow_tf32(torch.empty(1, dtype=dtype, device="cuda"))
         assert not asked
-        assert ops._allow_tf32(torch.empty(1, device="cuda"))
+        assert _eager.allow_tf32(torch.empty(1, device="cuda"))
 
 
 def test_compiling_does_not_break_on_tf32(precision):
     """The answer is that of the trace: Dynamo has no guard for it."""
 
     def f(x):
-        return x + ops._conv_uses_tf32()
+        return x + _eager.conv_uses_tf32()
 
     torch._dynamo.reset()
     torch.backends.cudnn.allow_tf32 = True
@@ -102,21 +102,21 @@ def test_operators_are_told(precision, allowed):
     assert told == [[allowed], [allowed], [False]]
 
 
-@pytest.mark.parametrize("tf32", [0, ops._TF32])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("tf32", [0, _eager.TF32])
+@pytest.mark.parametrize("activation", _eager.ACTIVATIONS)
 def test_config_carries_it(activation, tf32):
-    config = ops._config(activation, (2, 3), 2, 2) | tf32
+    config = _eager.make_config(activation, (2, 3), 2, 2) | tf32
     x, w = torch.randn(2, 4, 7, 7), torch.randn(6, 2, 1, 1)
-    expected = ([2, 3], 2, ops.activation_name(activation), bool(tf32))
-    assert _registrations._decode(config, w) == expected
-    stock = ops.apply_activation(F.conv2d(x, w, None, (2, 3), groups=2), activation)
-    torch.testing.assert_close(ops._fprop(x, w, None, None, config), stock, atol=1e-5, rtol=1e-5)
+    expected = ([2, 3], 2, _eager.activation_name(activation), bool(tf32))
+    assert _eager.decode_config(config, w) == expected
+    stock = _eager.apply_activation(F.conv2d(x, w, None, (2, 3), groups=2), activation)
+    torch.testing.assert_close(_eager._fprop(x, w, None, None, config), stock, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [0, -1, 1 << 34 | 6, 1 << 34 | 7, 1 << 34 | 15])
 def test_config_from_elsewhere(config):
     with pytest.raises(RuntimeError, match="config: expected one made by conv1x1_ext"):
-        ops._fprop(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), None, None, config)
+        _eager._fprop(torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1), None, None, config)
 
 
 # ---- fake CUDA tensors --------------------------------------------------------------------------------------------
@@ -189,10 +189,12 @@ DOORS = {
     "conv1x1_backward": (X, X, W, None, [1], 1, "none", True, True, True, True, True),
     "conv1x1_avg_pool": (X, W, None, 1, "relu", True),
     "conv1x1_avg_pool_backward": (X[..., 0, 0], X, W, None, 1, "relu", True, True, True, True),
-    "_fprop": (X, W, None, None, ops._config(None, 1, 1, 2)),
-    "_pack_weight": (X, W, ops._config(None, 1, 1, 2)),
-    "_fprop_packed": (X, W, torch.empty(0, dtype=torch.uint8), None, None, ops._config(None, 1, 1, 2)),
-    "_backward": (X, X, W, None, ops._config(None, 1, 1, 2), 7),
+    "_fprop": (X, W, None, None, _eager.make_config(None, 1, 1, 2)),
+    "_pack_weight": (X, W, _eager.make_config(None, 1, 1, 2)),
+    "_fprop_packed": (X, W, torch.empty(0, dtype=torch.uint8), None, None, _eager.make_config(None, 1, 1, 2)),
+    "_backward": (X, X, W, None, _eager.make_config(None, 1, 1, 2), 7),
+    "_avg_pool": (X, W, None, _eager.make_config("relu", 1, 1, 2)),
+    "_avg_pool_backward": (X[..., 0, 0], X, W, None, _eager.make_config("relu", 1, 1, 2), 7),
     "_explain": (X, W, None, None, [1], 1, "none", True, "fprop"),
 }
 

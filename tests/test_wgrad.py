@@ -129,17 +129,17 @@ def test_weight_gradient_has_the_weights_strides(spatial, shape, weight_layout, 
 def _wanted(function):
     """What the private backward operators were asked for, and what they ran."""
     calls = []
-    original = conv1x1_ext.ops._backward
+    original = conv1x1_ext._eager._backward
 
     def spy(*args):
         calls.append((args[-1], original(*args)))
         return calls[-1][1]
 
-    conv1x1_ext.ops._backward = spy
+    conv1x1_ext._eager._backward = spy
     try:
         function()
     finally:
-        conv1x1_ext.ops._backward = original
+        conv1x1_ext._eager._backward = original
     return calls
 
 

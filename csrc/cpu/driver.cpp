@@ -39,13 +39,16 @@ class FloatingPointEnvironment {
 #endif
 };
 
+// A small call's workspace is on the stack: aligned memory from malloc costs it 0.2 us of about 2.
+constexpr int64_t kSmallWorkspace = 16 << 10;
+
 template <class T>
 Status run(const GemmProblem& p, const Plan& plan) {
-  char* memory = nullptr;
+  alignas(64) char small[kSmallWorkspace];
   const int64_t bytes = plan.total();
   void* allocated = nullptr;
-  if (bytes > 0 && posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) return kOutOfMemory;
-  memory = static_cast<char*>(allocated);
+  if (bytes > kSmallWorkspace && posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) return kOutOfMemory;
+  char* memory = allocated ? static_cast<char*>(allocated) : small;
   Shared shared;
   char* panels = static_cast<char*>(const_cast<void*>(p.packed_weight));  // only read
   shared.once_a = plan.prepacked ? panels : memory;

@@ -129,11 +129,11 @@ class CudaBackend final : public Backend {
       like.device_type = kCudaDevice;
       like.device_index = index;
       const int64_t one = 1;
-      tensor.emplace(empty_strided(1, &bytes, &one, like));
-      data = tensor->mutable_data_ptr();
+      tensor = empty_strided(1, &bytes, &one, like);
+      data = tensor.mutable_data_ptr();
     }
 
-    MaybeTensor tensor;
+    Tensor tensor;
     void* data = nullptr;
   };
 

@@ -18,6 +18,6 @@ std::string cuda_build_info() { return "cuda_archs=none: built without CUDA\nnvc
 
 STABLE_TORCH_LIBRARY_IMPL(conv1x1_ext, CUDA, m) {
   for (const char* op : {"conv1x1", "conv1x1_backward", "conv1x1_avg_pool", "conv1x1_avg_pool_backward", "_fprop",
-                         "_pack_weight", "_fprop_packed", "_backward", "_explain"})
+                         "_pack_weight", "_fprop_packed", "_backward", "_avg_pool", "_avg_pool_backward", "_explain"})
     m.impl(op, &conv1x1::raise_no_cuda);
 }
