@@ -51,6 +51,13 @@ inline Run run_at(const Axis& axis, int64_t index, int64_t limit) {
   return run;
 }
 
+// The axis of the aux tensor alone.
+inline Axis aux_axis(const Axis& axis) {
+  Axis aux = axis;
+  for (int d = 0; d < axis.nd; ++d) aux.stride[d] = axis.aux_stride[d];
+  return aux;
+}
+
 struct Matrix {
   void* data = nullptr;
   void* aux = nullptr;

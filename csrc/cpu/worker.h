@@ -29,13 +29,6 @@ inline Range share(int64_t total, int parts, int part) {
   return {begin, begin + q + (part < r ? 1 : 0)};
 }
 
-// The axis of the aux tensor alone.
-inline Axis aux_axis(const Axis& axis) {
-  Axis aux = axis;
-  for (int d = 0; d < axis.nd; ++d) aux.stride[d] = axis.aux_stride[d];
-  return aux;
-}
-
 struct Shared {  // what all threads see: workspace, and panels that the caller brought
   char *once_a, *once_b, *partials, *bias;
   double* sums;
