@@ -131,7 +131,9 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  const int64_t fit = clamp(l2 / (p.b_is_weight ? 2 : 4) / (nr * steps * element), 1, kMaxBlockN);
+  // Room for the next block beside it, where that leaves enough columns for each pass over A.
+  const int64_t panel = nr * steps * element, half = l2 / 2 / panel, quarter = l2 / 4 / panel;
+  const int64_t fit = clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
   plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
@@ -153,9 +155,10 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
   const double multiply = plan.kernel->ks > 1 ? 1.0 / 32 : 0.5;
-  // Cycles to read and, where it is packed, to pack an element: weights come from caches, activations from memory.
+  // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
+  const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
   const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
-    const double read = (weight ? 0.1 : 0.5) * (aux ? 2 : 1);
+    const double read = (weight && weight_is_near ? 0.1 : 0.5) * (aux ? 2 : 1);
     return how == Operand::kDirect ? read : read + (transposes ? 1 : 0.5);
   };
   const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
