@@ -14,9 +14,9 @@ class FetchAhead {
   // Rows [r0, r0 + nr) by columns [k0, k0 + nk) of a matrix in memory, and as much of the tensor that masks it.
   void add(const Matrix& matrix, int64_t group, int64_t element, const Axis& r, int64_t r0, int64_t nr, const Axis& k,
            int64_t k0, int64_t nk, bool near) {
-    for (int64_t i = 0; i < nr;) {
+    for (int64_t i = 0; i < nr && count_ < kMost;) {
       const Run run_r = run_at(r, r0 + i, nr - i);
-      for (int64_t j = 0; j < nk;) {
+      for (int64_t j = 0; j < nk && count_ < kMost;) {
         const Run run_k = run_at(k, k0 + j, nk - j);
         add(matrix.data, group * matrix.group_stride + run_r.offset + run_k.offset, element, run_r.length, run_r.stride,
             run_k.length, run_k.stride, near);
