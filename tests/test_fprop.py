@@ -38,7 +38,7 @@ def test_shapes(case, layout, dtype):
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("c_in", [1, 2, 3, 5, 8, 17, 127, 128, 129, 255, 256, 257])
 def test_channel_tails(c_in, layout, dtype):
-    for c_out in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 24, 25, 47, 48, 49):
+    for c_out in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 24, 25, 47, 48, 49, 63, 64, 65):
         x, w = make(Case(2, c_in, c_out, (3, 5)), dtype, layout)
         check_forward(x, w, randn((c_out,), dtype))
 
@@ -109,6 +109,18 @@ def test_k_of_several_blocks(layout):
     for c_in in (1024, 2049, 5000):
         x, w = make(Case(1, c_in, 40, (7, 7)), torch.float32, layout)
         check_forward(x, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("c_out", [128, 131])
+def test_results_stored_past_the_caches(c_out, layout, dtype):
+    """Over 32 MiB; 131 channels last are not whole lines."""
+    x, w = make(Case(4 // dtype.itemsize, 3, c_out, (8, 8708)), dtype, layout)
+    assert x.shape[0] * c_out * 8 * 8708 * dtype.itemsize > 32 << 20
+    b, r = randn((c_out,), dtype), laid_out((x.shape[0], c_out, 8, 8708), dtype, layout, 1)
+    check_forward(x, w, b, activation="relu", residual=r)
+    check_forward(x, w, b)
 
 
 def test_strides_beyond_the_compact_encoding():

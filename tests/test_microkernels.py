@@ -12,20 +12,29 @@ np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
-KERNELS = [(isa, dtype) for isa in ISAS[:3] for dtype in ("float32", "float64")]
-KERNELS += [(isa, "bfloat16") for isa in ISAS[3:]]
+TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last
+    ("scalar", "float32"): ["4x8"],
+    ("scalar", "float64"): ["4x4"],
+    ("avx2", "float32"): ["6x16"],
+    ("avx2", "float64"): ["6x8"],
+    ("avx512", "float32"): ["6x64", "8x48"],
+    ("avx512", "float64"): ["6x32", "8x24"],
+    ("avx512_bf16", "bfloat16"): ["6x64", "8x48"],
+    ("avx512_amx", "bfloat16"): ["32x32"],
+}
+KERNELS = [(*key, tile) for key, tiles in TILES.items() for tile in tiles]
 CANARY = 12345.678
 ACTIVATION = {"silu": 3, "hardswish": 4, "gelu": 5}
 
 
-@pytest.fixture(params=KERNELS, ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(params=KERNELS, ids="-".join)
 def kernel(request, table):
-    isa, operand = request.param
+    isa, operand, tile = request.param
     found = [k for k in table.list() if k["isa"] == isa and k["operand"] == operand]
     if not found:
         pytest.skip(f"this CPU does not run {isa}")
-    assert len(found) == 1
-    return found[0]
+    assert [f"{k['mr']}x{k['nr']}" for k in found] == TILES[isa, operand]
+    return next(k for k in found if f"{k['mr']}x{k['nr']}" == tile)
 
 
 @pytest.fixture

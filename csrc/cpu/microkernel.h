@@ -40,13 +40,12 @@
 
 namespace conv1x1 {
 
-constexpr int kMaxMr = 32, kMaxNv = 3, kMaxNr = 48;
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
 // The dtype of C and of the residual under an epilogue: the accumulators', or a half type where `stores_half`.
-// kStream is kAsIs past the caches, for a C of whole vectors, every row of it aligned to 64 bytes; the driver fences.
-enum class Store : int { kAsIs, kBFloat16, kFloat16, kStream };
+enum class Store : int { kAsIs, kBFloat16, kFloat16 };
 
 // min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
 struct Epilogue {
@@ -56,6 +55,7 @@ struct Epilogue {
   int64_t ld_residual = 0;
   double lower = 0, upper = 0;
   Store store = Store::kAsIs;
+  bool stream = false;  // past the caches, for a C whose rows are whole aligned lines of 64 bytes; the driver fences
 };
 
 struct TileArgs {
@@ -121,6 +121,7 @@ struct Microkernel {
   UnpackFn unpack[4];
   SumRowsFn sum_rows;
   ActivateFn activate;
+  const Microkernel* wide;  // the same in tiles of fewer rows and more vectors; null: none
   // Before a thread's first tile and after its last one; null: nothing to do.
   void (*enter)();
   void (*leave)();

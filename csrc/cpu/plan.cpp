@@ -69,6 +69,20 @@ bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_ti
   return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0 && (pitch % 2048 != 0 || n_tiles < 4);
 }
 
+// The shape of a tile: the one that cuts D into fewer, each of which costs its loads of C and its stores besides the
+// multiply-adds. wgrad keeps the taller: its panels of A are packed in lines of MR.
+void choose_shape(const GemmProblem& p, Plan& plan) {
+  const Microkernel& kernel = *plan.kernel;
+  if (!kernel.wide || p.split_k || plan.a_access == AccessA::kCols || plan.n.segments == 0) return;
+  const auto tiles = [&](const Microkernel& k) {
+    return static_cast<double>(Tiling(p.n, plan.n.segment, k.vector, k.nr / k.vector).per_segment) / k.mr;
+  };
+  if (tiles(*kernel.wide) > 0.97 * tiles(kernel)) return;
+  plan.kernel = kernel.wide;
+  plan.m = Tiling(p.m, plan.m.segment, plan.kernel->m_unit, plan.kernel->mr);
+  plan.n = Tiling(p.n, plan.n.segment, plan.kernel->vector, plan.kernel->nr / plan.kernel->vector);
+}
+
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
   const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
@@ -101,6 +115,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
       plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
     plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
   }
+  choose_shape(p, plan);
 }
 
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {

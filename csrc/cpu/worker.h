@@ -52,8 +52,8 @@ class Worker {
     transcendental_ = !masks_from_output(p_.activation);
     // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
     whole_out_ = p_.out_dtype == kernel_.dtype;
-    streams_ = plan.streams && whole_out_ && !transcendental_;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
+    streams_ = plan.streams && !transcendental_;
     if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
@@ -435,7 +435,7 @@ class Worker {
       const bool whole_lines = ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(ld * size)) & 63) == 0 &&
                                tj.size * size % 64 == 0;
       if (streams_ && whole_lines)
-        e.store = Store::kStream;
+        e.stream = true;
       else
         prefetch_out(out, ld, ti.size, tj.size);
     }

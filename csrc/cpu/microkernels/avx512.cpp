@@ -51,8 +51,14 @@ struct Avx512Float64 {
 Microkernel make_avx512_float32() {
   return make_microkernel<Avx512Float32, 8, 3>("float32_8x48_avx512", "avx512", DType::kFloat32);
 }
+Microkernel make_avx512_float32_wide() {
+  return make_microkernel<Avx512Float32, 6, 4>("float32_6x64_avx512", "avx512", DType::kFloat32);
+}
 Microkernel make_avx512_float64() {
   return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);
+}
+Microkernel make_avx512_float64_wide() {
+  return make_microkernel<Avx512Float64, 6, 4>("float64_6x32_avx512", "avx512", DType::kFloat64);
 }
 
 }  // namespace conv1x1

@@ -33,9 +33,7 @@ namespace {
 
 struct AmxBFloat16 : Avx512Float32 {
   // As AVX512-BF16 does: denormal results are zero here as well.
-  static void store_half(uint16_t* p, Reg x, Mask m, bool) {
-    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
-  }
+  static __m256i half_of(Reg x, bool) { return (__m256i)_mm512_cvtneps_pbh(x); }
 };
 
 }  // namespace

@@ -35,9 +35,7 @@ struct Avx512BFloat16 : Avx512Float32 {
   static Op load_op(const P* p) { return _mm512_loadu_si512(p); }
   static Op load_op(const P* p, Mask m) { return _mm512_maskz_loadu_epi32(m, p); }
   static Reg multiply_add(Op a, Op b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-  static void store_half(uint16_t* p, Reg x, Mask m, bool) {
-    _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
-  }
+  static __m256i half_of(Reg x, bool) { return (__m256i)_mm512_cvtneps_pbh(x); }
 };
 
 #include "tile.inc"
@@ -47,6 +45,12 @@ struct Avx512BFloat16 : Avx512Float32 {
 Microkernel make_avx512_bf16_bfloat16() {
   Microkernel kernel =
       make_tiles<Avx512BFloat16, 8, 3>("bfloat16_8x48_avx512_bf16", "avx512_bf16", DType::kFloat32, DType::kBFloat16);
+  fill_pairs(kernel);
+  return kernel;
+}
+Microkernel make_avx512_bf16_bfloat16_wide() {
+  Microkernel kernel =
+      make_tiles<Avx512BFloat16, 6, 4>("bfloat16_6x64_avx512_bf16", "avx512_bf16", DType::kFloat32, DType::kBFloat16);
   fill_pairs(kernel);
   return kernel;
 }
