@@ -93,7 +93,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
   bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, element, plan.m.count());
-  if (!p.pool && segment != p.n && (direct ? full < 0.85 && p.m >= 64 : full < 0.95)) {
+  if (!p.pool && segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
     segment = p.n;
     direct = direct && p.b.col.linear();
   }
