@@ -81,6 +81,7 @@ struct GemmProblem {
   // dbias: sum of A's rows (after the mask), taken from the packed panels. groups * m elements.
   VectorView row_sums;
   bool row_sums_accumulate = false;
+  bool exchanged = false;  // wgrad with A and B in each other's roles: row_sums are those of B's columns, groups * n
 
   // Average pooling: instead of D, the sum over the pixels (n if pool_along_n, else m) of every image goes to `pool`,
   // (images, groups * channels) doubles, zeroed by the caller.

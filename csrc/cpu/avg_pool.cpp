@@ -191,7 +191,8 @@ Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& 
     dense.stride[2] = dense.stride[3] * q.out_size[1];
     q.y = dense;
     q.dy = dense;
-    const auto gemm = [&](const GemmProblem& g) {
+    const auto gemm = [&](const GemmProblem& problem) {
+      const GemmProblem g = with_best_roles(problem);
       if (status == kOk) status = run_gemm(g, make_plan(g, threads, kernels));
     };
     gemm(lower_fprop(q));

@@ -45,7 +45,10 @@ class CpuBackend final : public Backend {
 #endif
   }
 
-  void gemm(const GemmProblem& g) const override { raise_if_failed(run_gemm(g, make_plan(g, threads_, kernels()))); }
+  void gemm(const GemmProblem& problem) const override {
+    const GemmProblem g = with_best_roles(problem);
+    raise_if_failed(run_gemm(g, make_plan(g, threads_, kernels())));
+  }
 
   int64_t panel_layout() const override {
     int64_t hash = 1469598103934665603;  // FNV-1a of the instruction set's name
@@ -75,7 +78,10 @@ class CpuBackend final : public Backend {
     raise_if_failed(conv1x1::avg_pool_backward(p, threads_, kernels()));
   }
 
-  std::string explain(const GemmProblem& g) const override { return describe(g, make_plan(g, threads_, kernels())); }
+  std::string explain(const GemmProblem& problem) const override {
+    const GemmProblem g = with_best_roles(problem);
+    return describe(g, make_plan(g, threads_, kernels()));
+  }
 
   std::string explain_avg_pool(const Conv1x1Problem& p) const override {
     double unused = 0;

@@ -99,6 +99,8 @@ using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, co
                           const void* tile, int64_t ld);
 // sums[r] += the sum of row r of a panel of A, `rows` <= MR rows by `steps`.
 using SumRowsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t steps, AccessA access);
+// sums[j] += the sum of column j of a panel of B, steps by `columns`.
+using SumColumnsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t columns, int64_t steps);
 // In place on a tile: SiLU, Hardswish, GELU.
 using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
 
@@ -120,6 +122,7 @@ struct Microkernel {
   PackFn gather[4];  // r-major, to the accumulators' dtype: bias, residual
   UnpackFn unpack[4];
   SumRowsFn sum_rows;
+  SumColumnsFn sum_columns;
   ActivateFn activate;
   const Microkernel* wide;  // the same in tiles of fewer rows and more vectors; null: none
   // Before a thread's first tile and after its last one; null: nothing to do.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "plan.h"
 
@@ -45,8 +46,8 @@ int64_t l2_bytes() {
 // Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
 bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
   const Axis& col = p.b.col;
-  return p.dtype == kernel.operand && kernel.kr == 1 && !p.b.aux && p.b.row.linear() && col.inner_stride() == 1 &&
-         p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
+  return p.dtype == kernel.operand && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
+         col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
 // In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each, and wgrad's long k, read in
@@ -103,10 +104,11 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool unit_k = p.a.col.inner_stride() == 1;
   plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
   const bool a_rows = unit_k && p.a.col.linear() && p.k % kernel.kr == 0;
-  const bool a_cols = !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() &&
+  const bool a_cols = !p.split_k && !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() &&
                       p.a.row.inner_stride() == 1 && !a_conflicts(p, element, plan.n.count());
   // Sums of A's rows are taken from packed panels.
-  if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !p.row_sums.data && (a_rows || a_cols))
+  const bool sums_rows = p.row_sums.data && !p.exchanged;
+  if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !sums_rows && (a_rows || a_cols))
     plan.a = Operand::kDirect;
   else
     plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
@@ -116,6 +118,18 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
   }
   choose_shape(p, plan);
+}
+
+// k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
+// the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
+int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
+  const int64_t kr = plan.kernel->kr, longest = 3 * kPackedK * kr / 2, size = dtype_size(p.dtype);
+  const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
+  const int64_t packed = (p.m + p.n) * dtype_size(plan.kernel->operand);
+  const int64_t fit = l2_bytes() / 2 / std::max<int64_t>(read + packed, 1);
+  const bool long_lines = p.b.col.inner_stride() == 1 && (kr == 1 || p.exchanged);
+  if (!long_lines || fit < kChain * kr) return longest;
+  return clamp((fit + kChain / 2) / kChain * kChain, kr == 1 ? 2 * kChain : 3 * kChain, longest);
 }
 
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
@@ -130,10 +144,10 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t longest =
-      p.split_k ? 3 * packed_k / 2 : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
+      p.split_k ? wgrad_k_step(p, plan) : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
-    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, 3 * packed_k / 2)), kChain);
+    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)), kChain);
   const int64_t k_block = plan.kernel->k_block;
   plan.k_piece = plan.k_step;
   if (k_block)  // of nearly equal length, in whole groups of steps
@@ -249,7 +263,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   plan.accumulators = bytes((plan.kept() + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
-  if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * p.m * 8);
+  if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * (p.exchanged ? p.n : p.m) * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
     plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
@@ -265,7 +279,7 @@ std::string reason_a(const GemmProblem& p, const Plan& plan) {
   if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
   if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.a.aux) return "masked by the saved output";
-  if (p.row_sums.data) return "the bias gradient is summed from the panels";
+  if (p.row_sums.data && !p.exchanged) return "the bias gradient is summed from the panels";
   if (plan.kernel->kr > 1) return "pairs along k interleaved";
   return plan.a_access == AccessA::kCols && p.a.row.inner_stride() == 1 ? "its columns fall into few cache sets"
                                                                         : "its strides do not suit the microkernel";
@@ -276,6 +290,7 @@ std::string reason_b(const GemmProblem& p, const Plan& plan) {
   if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
   if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.b.aux) return "masked by the saved output";
+  if (p.exchanged && p.row_sums.data) return "the bias gradient is summed from the panels";
   if (plan.kernel->kr > 1) return "pairs along k interleaved";
   if (p.b.col.inner_stride() != 1) return "n is not contiguous";
   if (plan.n.segment != p.n_segment) return "tiles span images to keep vectors full";
@@ -295,6 +310,26 @@ Tiling::Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max
 
 int64_t Plan::per_thread() const { return block_a + block_b + accumulators; }
 int64_t Plan::total() const { return once_a + once_b + partials + sums + bias + threads * per_thread(); }
+
+GemmProblem with_best_roles(const GemmProblem& p) {
+  if (!p.split_k || p.n == 0) return p;
+  // Lines of B's panels are several times as long as those of A's, so along channels the larger operand is B, where
+  // pixels are many enough to pay for storing D transposed.
+  const bool channels_last = p.a.row.inner_stride() == 1 && p.b.col.inner_stride() == 1;
+  if (!channels_last || p.m < std::max<int64_t>(p.n, 32) || p.k < 8 * p.n) return p;
+  const auto transposed = [](Matrix matrix) {
+    std::swap(matrix.row, matrix.col);
+    return matrix;
+  };
+  GemmProblem q = p;
+  q.a = transposed(p.b);
+  q.b = transposed(p.a);
+  q.d = transposed(p.d);
+  std::swap(q.m, q.n);
+  std::swap(q.m_segment, q.n_segment);
+  q.exchanged = true;
+  return q;
+}
 
 Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) {
   Plan plan;

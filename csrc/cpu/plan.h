@@ -68,6 +68,10 @@ struct Plan {
   int64_t total() const;
 };
 
+// wgrad with the roles of dz and x exchanged, where that packs faster; anything else as it is. D = A B is D^T = B^T
+// A^T.
+GemmProblem with_best_roles(const GemmProblem& problem);
+
 // Pure: the same problem, thread count and table always give the same plan.
 Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
 std::string describe(const GemmProblem& problem, const Plan& plan);

@@ -73,9 +73,11 @@ class Worker {
 
   void compute(int part) {
     const Range n = tiles(plan_.n, plan_.part_n, part % plan_.part_n, p_.pool && p_.pool_along_n);
-    first_n_share_ = part % plan_.part_n == 0;
+    bool sums_here = part % plan_.part_n == 0;
     part /= plan_.part_n;
     const Range m = tiles(plan_.m, plan_.part_m, part % plan_.part_m, p_.pool && !p_.pool_along_n);
+    if (p_.exchanged) sums_here = part % plan_.part_m == 0;
+    sums_here_ = p_.row_sums.data && sums_here;
     part /= plan_.part_m;
     const Range s = share(plan_.slices, plan_.part_k, part % plan_.part_k);
     const Range g = share(p_.groups, plan_.part_g, part / plan_.part_k);
@@ -108,7 +110,7 @@ class Worker {
   }
 
   void write_row_sums() {
-    const int64_t rows = p_.groups * p_.m;
+    const int64_t rows = p_.groups * (p_.exchanged ? p_.n : p_.m);
     for (int64_t row = 0; row < rows; ++row) {
       double sum = 0;
       for (int64_t s = 0; s < plan_.slices; ++s) sum += shared_.sums[s * rows + row];
@@ -232,6 +234,14 @@ class Worker {
     }
   }
 
+  void add_column_sums(const Range& js, int64_t nk) {
+    double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.n;
+    for (int64_t j = js.begin; j < js.end; ++j) {
+      const Tiling::Tile t = plan_.n[j];
+      kernel_.sum_columns(sums + t.start, packed_b(group_, j), t.padded_size, t.size, plan_.steps(nk));
+    }
+  }
+
   static Range next(int64_t begin, int64_t step, int64_t end) {
     return {begin, begin + step < end ? begin + step : end};
   }
@@ -248,11 +258,12 @@ class Worker {
         do {  // once for k = 0: the epilogue of an empty sum
           const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
           if (plan_.a == Operand::kPackBlock) pack_block_a(is, k0, nk);
-          if (p_.row_sums.data && first_n_share_ && jo == n.begin) add_row_sums(is, nk);
+          if (sums_here_ && !p_.exchanged && jo == n.begin) add_row_sums(is, nk);
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
             first_b_ = js.begin;
             if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
+            if (sums_here_ && p_.exchanged && ic == m.begin) add_column_sums(js, nk);
             look_ahead(is, next(ic + plan_.block_m, plan_.block_m, m.end), js, k0, nk, begin, end);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
@@ -491,7 +502,7 @@ class Worker {
   int64_t tile_, group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;
   int storage_, out_storage_;
   Store half_store_ = Store::kAsIs;
-  bool carried_, streams_, whole_out_, half_out_, transcendental_, first_n_share_ = true;
+  bool carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
 };
 
 }  // namespace conv1x1
