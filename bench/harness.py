@@ -5,7 +5,7 @@ clock meets all alike. A sample waits until the process's other threads have sto
 (which wake the clock and the threads, and leave caches as this candidate leaves them), then times ``inner`` calls,
 chosen so that a sample lasts about 3 ms and at least one call. Reported are the median and the best over the rounds
 of the microseconds per call; ratios are ratios of medians, unless the best is asked for (on a machine with other
-work).
+work). Unless ``--fresh-pages`` is given, malloc keeps what is freed, so that no candidate's result lies on fresh pages.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -193,6 +194,26 @@ def machine() -> dict[str, Any]:
     }
 
 
+_KEEPS_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+
+
+def keep_pages() -> None:
+    """Begin this command anew with a malloc (glibc's) that keeps what is freed, where it is not so already.
+
+    A result on fresh pages costs up to several times what computing it does, for every candidate alike; whether malloc
+    has kept pages of the right size is decided by what the process did before, so that candidates measured in turn meet
+    different luck.
+    """
+    if sys.platform == "linux" and not _KEEPS_PAGES.keys() & os.environ.keys():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _KEEPS_PAGES)
+
+
+def pages() -> str:
+    kept = all(os.environ.get(name) == value for name, value in _KEEPS_PAGES.items())
+    return "kept by malloc" if kept else "as malloc's defaults have it"
+
+
 class OtherWork:
     """Which share of the machine others used since this was made: above a few percent, do not trust the timings."""
 
@@ -226,6 +247,7 @@ def describe_run(arguments: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions,
         "build": conv1x1_ext.build_info(),
+        "pages": pages(),
         "arguments": arguments,
         "method": " ".join((__doc__ or "").split("Method. ")[1].split()),
     }

@@ -25,7 +25,7 @@ if not __package__:  # python bench/op.py
 import torch
 
 from bench import cuda_harness, cuda_peers, op_cuda, peers
-from bench.harness import DTYPES, NETS, Layer, OtherWork, describe_run, interleave, load_shapes
+from bench.harness import DTYPES, NETS, Layer, OtherWork, describe_run, interleave, keep_pages, load_shapes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default 15, with --quick 11; cuda 9 and 5")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="cuda: stop then, and list what was left out")
     parser.add_argument("--by", choices=["median", "best"], default="median", help="of the rounds: what is compared")
+    parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
     parser.add_argument("--json", metavar="OUT", type=Path)
     parser.add_argument("--plot", metavar="OUT.png", type=Path)
     parser.add_argument("--markdown", action="store_true", help="print the README's table in place of the terminal's")
@@ -207,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write(args.json, data)
         op_cuda.report(data)
         return
+    if argv is None and not args.from_json and not args.fresh_pages:
+        keep_pages()
     from rich.console import Console
 
     from bench import report

@@ -104,7 +104,8 @@ def title(data: dict[str, Any]) -> str:
         fma.append(f"{dtype} FMA {rate:.0f} GFLOP/s ({isa})")
     return (
         f"{machine['cpu']} (family-model-stepping {machine['family-model-stepping']}), {threads} threads, kernels for "
-        f"{data['build']['isa']}, torch {data['versions']['torch']}; ceilings: {', '.join(fma)}, copy {copy:.0f} GB/s"
+        f"{data['build']['isa']}, torch {data['versions']['torch']}; ceilings: {', '.join(fma)}, copy {copy:.0f} GB/s; "
+        f"pages {data.get('pages', 'as malloc has them')}"
     )
 
 

@@ -25,7 +25,17 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import ceiling, op, peers
-from bench.harness import DTYPES, NETS, Layer, OtherWork, describe_run, geometric_mean, interleave, load_shapes
+from bench.harness import (
+    DTYPES,
+    NETS,
+    Layer,
+    OtherWork,
+    describe_run,
+    geometric_mean,
+    interleave,
+    keep_pages,
+    load_shapes,
+)
 
 
 def compute_bound(nets: Sequence[str], batches: Sequence[int], dtype: str, intensity: float) -> list[Layer]:
@@ -137,7 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stock", action="store_true", help="stock too")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", metavar="OUT", type=Path)
+    parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
     args = parser.parse_args(argv)
+    if argv is None and not args.fresh_pages:
+        keep_pages()
     data = measure(args, Console(stderr=True))
     console = Console()
     report(data, console if console.is_terminal else Console(width=130))

@@ -59,6 +59,23 @@ def test_pixel_counts_around_the_blocks(batch, layout, dtype):
         check_gradients(x, w, randn((7,), dtype), activation="relu6", need=PARAMETERS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize(
+    "case", [Case(2, 5, 40, (9, 7)), Case(3, 12, 66, (12, 13), 2, 2), Case(1, 33, 130, (17, 18))], ids=str
+)
+def test_dz_as_the_vector_operand(case, activation, dtype):
+    """Channels last, more of them out than in: dw is made transposed, and dbias from columns of panels."""
+    x = laid_out(case.x_shape, dtype, "channels_last")
+    w, b = weight_of(case.w_shape, dtype), randn((case.c_out,), dtype)
+    check_gradients(x, w, b, case.stride, groups=case.groups, activation=activation, need=PARAMETERS)
+    check_gradients(x, w, b, case.stride, groups=case.groups, activation=activation, need=(0, 0, 1, 0))
+    check_gradients(x, w, None, case.stride, groups=case.groups, activation=activation, need=(0, 1, 0, 0))
+    if not dtype.is_complex and conv1x1_ext.build_info()["isa"] != "avx512_amx":
+        plan = conv1x1_ext.explain(x, w, b, case.stride, groups=case.groups, activation=activation, direction="wgrad")
+        assert "B dz" in plan["gemm"]
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_long_sums_stay_accurate(layout, activation):

@@ -361,11 +361,12 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
 std::string describe(const GemmProblem& p, const Plan& plan) {
   const int64_t work = p.groups * p.m * p.n * p.k;
   std::string text =
-      std::string("kernel=") + plan.kernel->name + ": the widest for " + dtype_name(p.dtype) + " in " + plan.isa;
+      std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa + ", of its shapes the one with fewest tiles";
   text += "\nisa=" + std::string(plan.isa) +
           (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
   text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
+  if (p.exchanged) text += ": A is x and B dz, the larger one packed in the longer lines";
   text += std::string("\nA=") + name_of(plan.a) + ": " + reason_a(p, plan);
   text += std::string("\nB=") + name_of(plan.b) + ": " + reason_b(p, plan);
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
