@@ -360,8 +360,8 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
 
 std::string describe(const GemmProblem& p, const Plan& plan) {
   const int64_t work = p.groups * p.m * p.n * p.k;
-  std::string text =
-      std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa + ", of its shapes the one with fewest tiles";
+  std::string text = std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa +
+                     ", of its shapes the one with fewest tiles";
   text += "\nisa=" + std::string(plan.isa) +
           (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
