@@ -34,7 +34,7 @@ from torch import Tensor
 
 import conv1x1_ext
 from bench import ceiling
-from bench.harness import DTYPES, Layer, OtherWork, describe_run, interleave, keep_pages
+from bench.harness import DTYPES, Layer, OtherWork, describe_run, interleave, parse_arguments
 from bench.peers import LAYOUTS, Case
 
 # bench/shapes/nin.txt's heads: the ImageNet model's, and SqueezeNet's, which is of the same kind.
@@ -192,11 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="OUT", type=Path)
-    parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
-    args = parser.parse_args(argv)
-    if argv is None and not args.fresh_pages:
-        keep_pages()
+    args = parse_arguments(parser, argv)
     data = measure(args, Console(stderr=True))
     console = Console()
     report(data, console if console.is_terminal else Console(width=130))

@@ -10,6 +10,7 @@ work). Unless ``--fresh-pages`` is given, malloc keeps what is freed, so that no
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import importlib.metadata
@@ -207,6 +208,16 @@ def keep_pages() -> None:
     if sys.platform == "linux" and not _KEEPS_PAGES.keys() & os.environ.keys():
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | _KEEPS_PAGES)
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """With what every CPU benchmark takes; a command begins anew with kept pages, a call (argv given) does not."""
+    parser.add_argument("--json", metavar="OUT", type=Path)
+    parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
+    args = parser.parse_args(argv)
+    if argv is None and not args.fresh_pages:
+        keep_pages()
+    return args
 
 
 def pages() -> str:

@@ -33,8 +33,8 @@ from bench.harness import (
     describe_run,
     geometric_mean,
     interleave,
-    keep_pages,
     load_shapes,
+    parse_arguments,
 )
 
 
@@ -146,11 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--forward", dest="train", action="store_const", const=[False], default=[False, True])
     parser.add_argument("--stock", action="store_true", help="stock too")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", metavar="OUT", type=Path)
-    parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
-    args = parser.parse_args(argv)
-    if argv is None and not args.fresh_pages:
-        keep_pages()
+    args = parse_arguments(parser, argv)
     data = measure(args, Console(stderr=True))
     console = Console()
     report(data, console if console.is_terminal else Console(width=130))

@@ -1,5 +1,7 @@
 """The benchmarks' own arithmetic: layers with groups, the reference that they check against, what they select."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -57,3 +59,12 @@ def test_blocks_are_checked_before_they_are_timed(layout):
 def test_compute_bound_layers():
     chosen = scaling.compute_bound(["seed", "resnet50"], [16], "float32", 40)
     assert Layer(16, 512, 512, 12, 12) in chosen and Layer(16, 8, 8, 7, 7) not in chosen
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_command_begins_anew_with_kept_pages():
+    code = "import sys; from bench.harness import keep_pages, pages; keep_pages(); print(pages(), sys.argv[1:])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", code, "--rounds", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "kept by malloc ['--rounds', '3']"

@@ -71,6 +71,18 @@ def test_other_dimensions(module, shape):
     assert_right(m, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("c_out", [48, 64, 130])
+def test_panels_meet_channels_that_are_not_neighbours(c_out, dtype):
+    """Every second channel of a channels-last tensor: x is read otherwise than the input the weight was packed for."""
+    m = conv1x1_ext.Conv1x1(32, c_out, dtype=dtype).eval()
+    whole = torch.randn(2, 64, 9, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    m.prepack(whole[:, :32])
+    for x in (whole[:, ::2], whole[:, :32], whole[:, 32:]):
+        with torch.no_grad():
+            assert torch.equal(m(x), conv1x1_ext.conv1x1(x, m.weight, m.bias, activation=m.activation))
+
+
 def test_what_is_packed_is_used():
     m, x = layer(), image()
     m.prepack(x)

@@ -71,9 +71,17 @@ def test_dz_as_the_vector_operand(case, activation, dtype):
     check_gradients(x, w, b, case.stride, groups=case.groups, activation=activation, need=PARAMETERS)
     check_gradients(x, w, b, case.stride, groups=case.groups, activation=activation, need=(0, 0, 1, 0))
     check_gradients(x, w, None, case.stride, groups=case.groups, activation=activation, need=(0, 1, 0, 0))
-    if not dtype.is_complex and conv1x1_ext.build_info()["isa"] != "avx512_amx":
-        plan = conv1x1_ext.explain(x, w, b, case.stride, groups=case.groups, activation=activation, direction="wgrad")
-        assert "B dz" in plan["gemm"]
+
+
+@pytest.mark.cpu_only(reason="the CPU's plan")
+def test_which_operand_is_the_vector_one():
+    for layout, c_in, c_out, exchanged in (
+        ("channels_last", 5, 40, 1),
+        ("channels_last", 40, 5, 0),
+        ("contiguous", 5, 40, 0),
+    ):
+        x, w = laid_out((2, c_in, 9, 7), torch.float32, layout), weight_of((c_out, c_in, 1, 1), torch.float32)
+        assert ("B dz" in conv1x1_ext.explain(x, w, direction="wgrad")["gemm"]) == exchanged
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -71,14 +71,17 @@ bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_ti
 }
 
 // The shape of a tile: the one that cuts D into fewer, each of which costs its loads of C and its stores besides the
-// multiply-adds. wgrad keeps the taller: its panels of A are packed in lines of MR.
+// multiply-adds. Where A's panels have lines of MR, the taller one: lines of 6 are slow to pack. A weight that is B is
+// packed for one shape whatever the activations are, so nothing but n may decide then.
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
-  if (!kernel.wide || p.split_k || plan.a_access == AccessA::kCols || plan.n.segments == 0) return;
+  if (!kernel.wide || p.split_k || plan.n.segments == 0) return;
+  if (!p.b_is_weight && plan.a_access == AccessA::kCols) return;
   const auto tiles = [&](const Microkernel& k) {
     return static_cast<double>(Tiling(p.n, plan.n.segment, k.vector, k.nr / k.vector).per_segment) / k.mr;
   };
   if (tiles(*kernel.wide) > 0.97 * tiles(kernel)) return;
+  plan.wide = true;
   plan.kernel = kernel.wide;
   plan.m = Tiling(p.m, plan.m.segment, plan.kernel->m_unit, plan.kernel->mr);
   plan.n = Tiling(p.n, plan.n.segment, plan.kernel->vector, plan.kernel->nr / plan.kernel->vector);
@@ -361,7 +364,9 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
 std::string describe(const GemmProblem& p, const Plan& plan) {
   const int64_t work = p.groups * p.m * p.n * p.k;
   std::string text = std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa +
-                     ", of its shapes the one with fewest tiles";
+                     (plan.wide           ? ", the wide shape: fewer tiles"
+                      : plan.kernel->wide ? ", the tall shape"
+                                          : "");
   text += "\nisa=" + std::string(plan.isa) +
           (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);

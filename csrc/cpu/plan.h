@@ -13,6 +13,16 @@ namespace conv1x1 {
 
 enum class Operand : int { kDirect, kPackOnce, kPackBlock };
 
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range share(int64_t total, int parts, int part) {
+  const int64_t q = total / parts, r = total % parts;
+  const int64_t begin = part * q + (part < r ? part : r);
+  return {begin, begin + q + (part < r ? 1 : 0)};
+}
+
 // m or n cut into segments, and each segment into tiles whose numbers of vectors differ by one at most, the longer ones
 // spread evenly, so that any run of tiles is a fair share.
 struct Tiling {
@@ -45,6 +55,7 @@ struct Plan {
   Tiling m, n;
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
+  bool wide = false;                 // the kernel is the wide one of two shapes
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
@@ -68,8 +79,7 @@ struct Plan {
   int64_t total() const;
 };
 
-// wgrad with the roles of dz and x exchanged, where that packs faster; anything else as it is. D = A B is D^T = B^T
-// A^T.
+// wgrad with the roles of dz and x exchanged (D^T = B^T A^T), where that packs faster; anything else as it is.
 GemmProblem with_best_roles(const GemmProblem& problem);
 
 // Pure: the same problem, thread count and table always give the same plan.

@@ -19,16 +19,6 @@
 
 namespace conv1x1 {
 
-struct Range {
-  int64_t begin, end;
-};
-
-inline Range share(int64_t total, int parts, int part) {
-  const int64_t q = total / parts, r = total % parts;
-  const int64_t begin = part * q + (part < r ? part : r);
-  return {begin, begin + q + (part < r ? 1 : 0)};
-}
-
 struct Shared {  // what all threads see: workspace, and panels that the caller brought
   char *once_a, *once_b, *partials, *bias;
   double* sums;
