@@ -192,6 +192,33 @@ def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
     check(second.run(table, c_in=np.ascontiguousarray(first.run(table))), exact, bound)
 
 
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+@pytest.mark.parametrize("k", [0, 5, 150])
+def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
+    """One call for several tiles, one below the other: bias along m, residual and C go on from tile to tile."""
+    if kernel["ks"] > 1:
+        pytest.skip("a call is one tile")
+    for m in sorted({1, kernel["mr"] - 1, kernel["mr"]}):
+        for n in sorted({1, kernel["vector"], kernel["vector"] + 1, kernel["nr"]}):
+            for count in (2, 5):
+                tiles = [Tile(rng, kernel, rows, m, n, k) for _ in range(count)]
+                b = tiles[0].operands()[1]
+                a = np.concatenate([tile.operands()[0] for tile in tiles])
+                given = {
+                    "bias_m": random(rng, (count * m,), kernel),
+                    "residual": random(rng, (count * m, n + 5), kernel),
+                }
+                limits = {"lower": -1.0, "upper": math.inf, "with_epilogue": True}
+                out = np.full((count * m + 1, n + 19), CANARY, kernel["dtype"])
+                table.run(kernel["name"], rows, a, b, out, n, tiles=count, **given, **limits)
+                for i, tile in enumerate(tiles):
+                    tile.b = tiles[0].b
+                    part = {name: v[i * m : (i + 1) * m] for name, v in given.items()}
+                    assert (tile.run(table, **part, **limits) == out[i * m : (i + 1) * m, :n]).all(), (m, n, i)
+                out[: count * m, :n] = CANARY
+                assert (out == out.dtype.type(CANARY)).all(), "written outside the strip"
+
+
 def test_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
     """Rounded to nearest even, residual added before; every tail, nothing touched outside, NaN and infinity kept."""
     if kernel["kr"] != 2:
@@ -209,6 +236,23 @@ def test_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
         torch.testing.assert_close(actual, total, rtol=0, atol=0, equal_nan=True)
         out[: tile.m, :n] = 0x1234
         assert (out == 0x1234).all(), "written outside the tile"
+
+
+def test_a_strip_of_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
+    if kernel["kr"] != 2 or kernel["ks"] > 1:
+        pytest.skip("stores what it accumulates, or a call is one tile")
+    m, n, count = kernel["mr"], kernel["nr"] - 3, 3
+    tiles = [Tile(rng, kernel, True, m, n, 6) for _ in range(count)]
+    residual = bfloat16_bits(random(rng, (count * m, n + 5), kernel))
+    b = tiles[0].operands()[1]
+    strip, single = (np.full((count * m + 2, n + 19), 0x1234, np.uint16) for _ in range(2))
+    table.store_half(
+        kernel["name"], np.concatenate([t.operands()[0] for t in tiles]), b, strip, residual, n, tiles=count
+    )
+    for i, tile in enumerate(tiles):
+        at = slice(i * m, (i + 1) * m)
+        table.store_half(kernel["name"], tile.operands()[0], b, single[at], residual[at], n)
+    assert (strip == single).all()
 
 
 class Guarded:

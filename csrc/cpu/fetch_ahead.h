@@ -29,14 +29,14 @@ class FetchAhead {
     }
   }
 
-  // This tile's share, where `tiles` are still to come, this one included.
+  // The share of this call's tiles, where `tiles` are still to come, these included.
   void share(int64_t tiles, TileArgs& args) {
     args.fetch_rows = 0;
     while (current_ < count_) {
       Piece& piece = pieces_[current_];
       if (piece.row < piece.rows) {
-        int64_t rows = (left_ + tiles - 1) / tiles;
-        if (rows > args.k) rows = args.k;
+        int64_t rows = (left_ * args.tiles + tiles - 1) / tiles;
+        if (rows > args.k * args.tiles) rows = args.k * args.tiles;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
         args.fetch = piece.base + piece.row * piece.pitch;
         args.fetch_pitch = piece.pitch;

@@ -60,6 +60,10 @@ struct Epilogue {
 
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
+  // KS = 1: a strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
+  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null.
+  int64_t tiles = 1, a_step = 0;
+  bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
   const void* const* a_rows = nullptr;
   const void* a = nullptr;
   int64_t lda = 0;
@@ -72,8 +76,8 @@ struct TileArgs {
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Epilogue* epilogue = nullptr;
-  // In step s < fetch_rows, the lines of fetch_width bytes at fetch + s * fetch_pitch are fetched into L2; or, where
-  // `fetch_near`, the one line there into L1.
+  // In step s < fetch_rows of all steps of the strip, the lines of fetch_width bytes at fetch + s * fetch_pitch are
+  // fetched into L2; or, where `fetch_near`, the one line there into L1.
   const char* fetch = nullptr;
   int64_t fetch_rows = 0, fetch_pitch = 0, fetch_width = 0;
   bool fetch_near = false;

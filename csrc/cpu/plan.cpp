@@ -25,6 +25,9 @@ constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
+constexpr int64_t kStripBytes =
+    32 << 10;  // of A: tiles of one call of the microkernel, which meet the same columns of B
+constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 constexpr double kWorkPerThread = 150e3;      // multiply-adds that pay for entering a parallel region (about 1 us)
 
@@ -172,6 +175,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.a == Operand::kPackBlock)
     plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 8) / (mr * steps * element), 1, tiles_m);
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
+  if (plan.kernel->ks == 1) plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 
@@ -380,6 +384,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
           (plan.kernel->k_block ? " by pieces of " + number(plan.k_piece) + " that fit in L1"
                                 : " by chains of " + number(plan.kc)) +
           ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
+  if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
   text += "\nk_slices=" + number(plan.slices);
   text += std::string("\nstores=") + (plan.streams ? "past the caches, where whole lines are" : "through the caches");
   text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +

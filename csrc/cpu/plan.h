@@ -36,6 +36,16 @@ struct Tiling {
     return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
   }
 
+  // How many tiles from t on, at most `limit`, are as long as it: all of that many or, looked at closer, one.
+  int64_t alike(int64_t t, int64_t limit) const {
+    if (limit <= 1) return 1;
+    const Tile first = (*this)[t], last = (*this)[t + limit - 1];  // lengths differ by one unit at most
+    return last.segment == first.segment && last.size == first.size &&
+                   last.start - first.start == (limit - 1) * first.size
+               ? limit
+               : 1;
+  }
+
   struct Tile {
     int64_t start, size, padded_start, padded_size, segment;
   };
@@ -59,6 +69,7 @@ struct Plan {
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
   int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice

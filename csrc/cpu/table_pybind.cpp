@@ -63,16 +63,19 @@ using Array = py::array_t<T, py::array::c_style>;
 
 // a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P: an element of a panel,
 // two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where KS > 1, k is whole KS, and
-// columns of a are (k / KS, m, KS) in memory.
+// columns of a are (k / KS, m, KS) in memory. A strip of `tiles` tiles has so many times a's and out's rows.
 template <class T, class P>
-Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n) {
+Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n,
+                int64_t tiles = 1) {
   const bool pairs = std::is_same<P, uint32_t>::value;
   if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs)
     throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
   Call<T> call;
-  const int64_t m = a.shape(rows ? 0 : 1), k = a.shape(rows ? 1 : 0);
-  if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n || out.shape(0) < m ||
-      out.shape(1) < n || k % kernel.ks != 0 ||
+  if (tiles < 1 || a.shape(0) % tiles != 0 || (tiles > 1 && kernel.ks > 1))
+    throw std::invalid_argument("no strip of so many tiles");
+  const int64_t first = a.shape(0) / tiles, m = rows ? first : a.shape(1), k = rows ? a.shape(1) : first;
+  if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n ||
+      out.shape(0) < m * tiles || out.shape(1) < n || k % kernel.ks != 0 ||
       (kernel.ks > 1 && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
     throw std::invalid_argument("shapes do not fit the microkernel");
   const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
@@ -82,6 +85,9 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
   call.args.m = m;
+  call.args.tiles = tiles;
+  call.args.a_step = m * k * static_cast<int64_t>(sizeof(P));
+  call.args.fetch_out = true;
   call.args.n = n;
   call.args.a = a.data();
   call.args.lda = m;
@@ -108,9 +114,10 @@ class Entered {
 
 template <class T, class P>
 void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, py::object c_in,
-         py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue) {
+         py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
+         int64_t tiles) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n, tiles);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
@@ -161,11 +168,11 @@ void activate(const std::string& name, Array<T> tile, int activation) {
 
 // As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
 void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
-                Array<uint16_t> residual, int64_t n) {
+                Array<uint16_t> residual, int64_t n, int64_t tiles) {
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
-  Call<float> call = prepare<float, uint32_t>(kernel, true, a, b, shape, n);
+  Call<float> call = prepare<float, uint32_t>(kernel, true, a, b, shape, n, tiles);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   call.args.c_out = out.mutable_data();
@@ -231,7 +238,7 @@ void define_runs(py::module_& m) {
   m.def("run", &run<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
-        py::arg("upper") = 0.0, py::arg("with_epilogue") = false);
+        py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1);
   m.def("time", &time_tile<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"));
 }
@@ -254,5 +261,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_packed<double>(m);
   define_packed<uint16_t>(m);
   m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"));
+        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"), py::arg("tiles") = 1);
 }

@@ -280,7 +280,7 @@ class Worker {
                   int64_t end) {
     ahead_.clear();
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
-    if (a_rows) fetch_a({is.begin + 2, is.end}, k0, nk, true);
+    if (a_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, true);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
     if (k0 + nk < end) {
       const int64_t then = k0 + nk, size = end - then < plan_.k_step ? end - then : plan_.k_step;
@@ -300,6 +300,7 @@ class Worker {
 
   void prepare_columns(const Range& js, int64_t k0) {
     const Matrix &b = p_.b, &d = p_.d;
+    all_unit_ = !p_.pool;
     for (int64_t j = js.begin; j < js.end; ++j) {
       Column& c = columns_[j - js.begin];
       c.tile = plan_.n[j];
@@ -316,6 +317,7 @@ class Worker {
       c.aux = run.aux_offset;
       c.out_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.stride == 1;
       c.aux_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.aux_stride == 1;
+      all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
     }
   }
 
@@ -341,12 +343,27 @@ class Worker {
     args.a_rows = rows;
   }
 
+  // How many tiles from row of tiles i on, before `end`, one call can compute: alike, in D one run of rows, in A a
+  // constant distance apart.
+  int64_t strip_from(int64_t i, int64_t end, TileArgs& args) const {
+    const Tiling::Tile t = plan_.m[i];
+    const int64_t most = end - i < plan_.strip ? end - i : plan_.strip, count = plan_.m.alike(i, most);
+    if (count == 1 || run_at(p_.d.row, t.start, t.size * count).length < t.size * count) return 1;
+    if (plan_.a == Operand::kDirect) {
+      if (!p_.a.row.linear()) return 1;
+      args.a_step = t.size * p_.a.row.stride[0] * dtype_size(p_.dtype);
+    } else {
+      args.a_step = (packed_a(group_, i + 1) - packed_a(group_, i)) * static_cast<int64_t>(sizeof(T));
+    }
+    return count;
+  }
+
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
     const bool pieces = plan_.k_piece < plan_.k_step;
     prepare_columns(js, k0);
     int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin) * (pieces ? (nk - 1) / plan_.k_piece + 1 : 1);
-    for (int64_t i = is.begin, k = 0, next_k = 0; i < is.end; k = next_k, i += next_k == 0) {
+    for (int64_t i = is.begin, k = 0, next_k = 0, strip = 0; i < is.end; k = next_k, i += next_k == 0 ? strip : 0) {
       const Tiling::Tile ti = plan_.m[i];
       next_k = nk - k > plan_.k_piece ? k + plan_.k_piece : 0;
       const bool ends = next_k == 0;
@@ -357,7 +374,8 @@ class Worker {
       args.partial = partial_;
       prepare_row(i, ti, k0, k, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
-      const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size);
+      strip = first && last && all_unit_ ? strip_from(i, is.end, args) : 1;
+      const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
         const Column& c = columns_[j];
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
@@ -370,7 +388,9 @@ class Worker {
           args.b_next = j + 1 < js.end - js.begin ? panel_at(columns_[j + 1], k) : panel_at(columns_[0], next_k);
         }
         args.n = c.tile.size;
-        ahead_.share(tiles_left--, args);
+        args.tiles = strip;
+        ahead_.share(tiles_left, args);
+        tiles_left -= strip;
         args.c_in = first && k == 0 ? nullptr : sum;
         args.ld_in = kernel_.nr;
         if (last && ends) {
@@ -425,7 +445,7 @@ class Worker {
     const Matrix& d = p_.d;
     void* out = staged_;
     int64_t ld = kernel_.nr;
-    const bool one_run = row.length == ti.size, aux_in_place = d.aux && one_run && c.aux_unit;
+    const bool one_run = row.length == ti.size * args.tiles, aux_in_place = d.aux && one_run && c.aux_unit;
     // What is stored as half is added to a residual as half.
     const bool direct = !p_.pool && one_run && c.out_unit && (whole_out_ || !d.aux || aux_in_place);
     if (direct) {
@@ -439,6 +459,7 @@ class Worker {
         e.stream = true;
       else
         prefetch_out(out, ld, ti.size, tj.size);
+      args.fetch_out = !e.stream;
     }
     if (aux_in_place && (whole_out_ || direct)) {
       e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
@@ -451,7 +472,7 @@ class Worker {
     args.c_out = out;
     args.ld_out = ld;
     fn(args);
-    if (transcendental_) kernel_.activate(out, ld, ti.size, tj.size, p_.activation);
+    if (transcendental_) kernel_.activate(out, ld, ti.size * args.tiles, tj.size, p_.activation);
     if (p_.pool)
       pool(staged_, ti, tj);
     else if (!direct)
@@ -492,7 +513,7 @@ class Worker {
   int64_t tile_, group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;
   int storage_, out_storage_;
   Store half_store_ = Store::kAsIs;
-  bool carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
+  bool all_unit_ = false, carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
 };
 
 }  // namespace conv1x1
