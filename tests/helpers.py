@@ -7,7 +7,9 @@ without naming it, as it is torch's default device (conftest.py).
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -275,6 +277,31 @@ def check_gradients(
 def same_bits(a: Tensor, b: Tensor) -> bool:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.shape == b.shape and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+class Guarded:
+    """Memory that ends where the process may not go (Linux); an access beyond it ends the test run."""
+
+    def __init__(self):
+        self.kept, self.libc = [], ctypes.CDLL(None)
+
+    def __call__(self, array):
+        """A copy of `array` that ends at the end of the memory."""
+        import numpy as np
+
+        page = mmap.PAGESIZE
+        size = -(-array.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        whole = np.frombuffer(memory, np.uint8)
+        self.kept.append((memory, whole))
+        assert self.libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(page), 0) == 0
+        copy = whole[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+    def tensor(self, t: Tensor) -> Tensor:
+        """A contiguous copy of `t` that ends there."""
+        return torch.from_numpy(self(t.contiguous().view(torch.uint8).reshape(-1).numpy())).view(t.dtype).view(t.shape)
 
 
 def run_python(code: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,11 @@
 """Every microkernel by itself, by the pybind11 table: all m <= MR and n <= NR, nothing touched outside the tile."""
 
-import ctypes
 import math
-import mmap
 import sys
 
 import pytest
 import torch
+from helpers import Guarded
 
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
@@ -253,25 +252,6 @@ def test_a_strip_of_bfloat16_is_stored_from_the_accumulators(table, kernel, rng)
         at = slice(i * m, (i + 1) * m)
         table.store_half(kernel["name"], tile.operands()[0], b, single[at], residual[at], n)
     assert (strip == single).all()
-
-
-class Guarded:
-    """Memory that ends where the process may not go; an access beyond it ends the test run."""
-
-    def __init__(self):
-        self.kept, self.libc = [], ctypes.CDLL(None)
-
-    def __call__(self, array):
-        """A copy of `array` that ends at the end of the memory."""
-        page = mmap.PAGESIZE
-        size = -(-array.nbytes // page) * page
-        memory = mmap.mmap(-1, size + page)
-        whole = np.frombuffer(memory, np.uint8)
-        self.kept.append((memory, whole))
-        assert self.libc.mprotect(ctypes.c_void_p(whole.ctypes.data + size), ctypes.c_size_t(page), 0) == 0
-        copy = whole[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
-        copy[...] = array
-        return copy
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as on Linux")

@@ -233,6 +233,17 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
 }
 
+// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
+// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
+void even_tiles(const GemmProblem& p, Plan& plan) {
+  const int64_t parts = plan.part_n, count = plan.n.count();
+  if (p.b_is_weight || p.pool || plan.n.segments != 1 || count % parts == 0) return;
+  Tiling finer = plan.n;
+  finer.per_segment = round_up(count, parts);
+  if (finer.per_segment <= finer.vectors && finer.most(finer.per_segment / parts) < plan.n.most(ceil_div(count, parts)))
+    plan.n = finer;
+}
+
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
 // back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep.
 void pack_where_used(Plan& plan, int64_t k, int64_t element) {
@@ -349,6 +360,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
+  even_tiles(p, plan);
   pack_where_used(plan, p.k, element);
   fit_blocks_to_shares(p, plan);
   size_workspace(p, plan, element);
