@@ -105,6 +105,9 @@ using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, co
 using SumRowsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t steps, AccessA access);
 // sums[j] += the sum of column j of a panel of B, steps by `columns`.
 using SumColumnsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t columns, int64_t steps);
+// sums[channel] += a tile's pixels, one after the other: no cut of the pixels into tiles shows in the result. Pixels
+// are the tile's columns or, if not, its rows.
+using PoolFn = void (*)(double* sums, const void* tile, int64_t ld, int64_t pixels, int64_t channels, bool columns);
 // In place on a tile: SiLU, Hardswish, GELU.
 using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
 
@@ -127,6 +130,7 @@ struct Microkernel {
   UnpackFn unpack[4];
   SumRowsFn sum_rows;
   SumColumnsFn sum_columns;
+  PoolFn pool;
   ActivateFn activate;
   const Microkernel* wide;  // the same in tiles of fewer rows and more vectors; null: none
   // Before a thread's first tile and after its last one; null: nothing to do.

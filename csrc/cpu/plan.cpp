@@ -73,6 +73,18 @@ bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_ti
   return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0 && (pitch % 2048 != 0 || n_tiles < 4);
 }
 
+// Pooling's tiles lie within so many images that they are nearly full, and all of whose pixels go to one thread.
+int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
+  int64_t best = 1;
+  double most = 0;
+  for (int64_t images = 1; images <= batch && most < 0.97; ++images) {
+    if (batch % images != 0) continue;
+    const double full = static_cast<double>(images * pixels) / static_cast<double>(round_up(images * pixels, unit));
+    if (full > most) best = images, most = full;
+  }
+  return best;
+}
+
 // The shape of a tile: the one that cuts D into fewer, each of which costs its loads of C and its stores besides the
 // multiply-adds. Where A's panels have lines of MR, the taller one: lines of 6 are slow to pack. A weight that is B is
 // packed for one shape whatever the activations are, so nothing but n may decide then.
@@ -94,14 +106,16 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
   const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
   plan.prepacked = weight_a || weight_b;
-  plan.m = Tiling(p.m, p.pool && !p.pool_along_n ? p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
+  const bool pools_m = p.pool && !p.pool_along_n && p.m > 0;
+  const int64_t m_images = pools_m ? pooled_images(p.m_segment, p.m / p.m_segment, kernel.mr) : 1;
+  plan.m = Tiling(p.m, pools_m ? m_images * p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
 
   // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
   bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, element, plan.m.count());
-  if (!p.pool && segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
-    segment = p.n;
+  if (segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
+    segment = p.pool && p.pool_along_n ? segment * pooled_images(segment, p.n / segment, kernel.vector) : p.n;
     direct = direct && p.b.col.linear();
   }
   plan.n = Tiling(p.n, segment, kernel.vector, kernel.nr / kernel.vector);

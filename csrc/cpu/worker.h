@@ -480,24 +480,18 @@ class Worker {
                                    tj.start, tj.size, out, ld);
   }
 
+  // Adds a finished tile's pixels to the sums of the images that they belong to.
   void pool(const T* out, const Tiling::Tile& ti, const Tiling::Tile& tj) {
-    const int64_t channels = p_.groups * (p_.pool_along_n ? p_.m : p_.n);
-    if (p_.pool_along_n) {
-      double* sums = p_.pool + tj.segment * channels + group_ * p_.m + ti.start;
-      for (int64_t i = 0; i < ti.size; ++i) {
-        T lanes[8] = {};
-        for (int64_t j = 0; j < tj.size; ++j) lanes[j & 7] += out[i * kernel_.nr + j];
-        double sum = 0;
-        for (T lane : lanes) sum += static_cast<double>(lane);
-        sums[i] += sum;
-      }
-    } else {
-      double* sums = p_.pool + ti.segment * channels + group_ * p_.n + tj.start;
-      for (int64_t j = 0; j < tj.size; ++j) {
-        T sum = 0;
-        for (int64_t i = 0; i < ti.size; ++i) sum += out[i * kernel_.nr + j];
-        sums[j] += static_cast<double>(sum);
-      }
+    const bool columns = p_.pool_along_n;
+    const int64_t channels = p_.groups * (columns ? p_.m : p_.n), pixels = columns ? p_.n_segment : p_.m_segment;
+    const Tiling::Tile &at = columns ? tj : ti, &of = columns ? ti : tj;
+    double* sums = p_.pool + group_ * (columns ? p_.m : p_.n) + of.start;
+    for (int64_t i = 0; i < at.size;) {
+      const int64_t image = (at.start + i) / pixels, left = (image + 1) * pixels - at.start;
+      const int64_t end = left < at.size ? left : at.size;
+      kernel_.pool(sums + image * channels, out + i * (columns ? 1 : kernel_.nr), kernel_.nr, end - i, of.size,
+                   columns);
+      i = end;
     }
   }
 
