@@ -27,6 +27,7 @@ def _direct(op: Any) -> Any:
 _fprop = _direct(_ops._fprop.default)
 _backward = _direct(_ops._backward.default)
 _avg_pool = _direct(_ops._avg_pool.default)
+_avg_pool_masked = _direct(_ops._avg_pool_masked.default)
 _avg_pool_backward = _direct(_ops._avg_pool_backward.default)
 
 # Asked at every call, so looked up once.
@@ -162,18 +163,20 @@ class _Conv1x1(torch.autograd.Function):
 
 
 class _AvgPool(torch.autograd.Function):
-    """Saves input, weight and bias: the backward recomputes the pre-activation."""
+    """Saves input, weight, bias and, on the CPU with ReLU or ReLU6, a bit for each output that was pooled; without
+    it the backward recomputes the pre-activation."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, config: int) -> Tensor:  # type: ignore[override]
-        output: Tensor = _avg_pool(input, weight, bias, config)
+        output: Tensor
+        output, mask = _avg_pool_masked(input, weight, bias, config)
         ctx.config = config
-        ctx.save_for_backward(input, weight, bias)
+        ctx.save_for_backward(input, weight, bias, mask)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight, bias = ctx.saved_tensors
+        input, weight, bias, mask = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         config = _config_now(ctx, input)
         if _grad_enabled() or transformed():
@@ -182,7 +185,7 @@ class _AvgPool(torch.autograd.Function):
             return *avg_pool_backward_formula(grad, input, weight, bias, groups, name, tf32, need), None
         run = _ops._avg_pool_backward.default if compiling() else _avg_pool_backward
         wanted = need_input | need_weight << 1 | need_bias << 2
-        return *run(grad, input, weight, bias, config, wanted), None
+        return *run(grad, input, weight, bias, mask, config, wanted), None
 
 
 def _config_now(ctx: Any, input: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -197,9 +198,26 @@ def _avg_pool_private_fake(input: Tensor, weight: Tensor, bias: Tensor | None, c
     return output
 
 
+@torch.library.register_fake("conv1x1_ext::_avg_pool_masked")
+def _avg_pool_masked_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, config: int
+) -> tuple[Tensor, Tensor | None]:
+    output = _avg_pool_private_fake(input, weight, bias, config)
+    if input.device.type != "cpu" or ACTIVATIONS[config & 7] not in ("relu", "relu6"):
+        return output, None
+    pooled = output.numel() * math.prod(input.shape[2 - weight.dim() :])
+    return output, input.new_empty((pooled + 7) // 8 + 1, dtype=torch.uint8)
+
+
 @torch.library.register_fake("conv1x1_ext::_avg_pool_backward")
 def _avg_pool_backward_private_fake(
-    grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, config: int, wanted: int
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    config: int,
+    wanted: int,
 ) -> tuple[Tensor | None, ...]:
     _, *plain = decode_config(config, weight)
     need = [bool(wanted >> i & 1) for i in range(3)]

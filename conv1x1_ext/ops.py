@@ -177,8 +177,9 @@ def conv1x1_avg_pool(
     r"""1x1 convolution, activation and global average pooling: the article's replacement for a linear head.
 
     Equivalent to ``activation(F.conv2d(input, weight, bias)).mean((-2, -1))``, without ever holding the
-    ``(N, C_out, H, W)`` tensor, forward or backward: the backward recomputes it piece by piece. Without an activation
-    the pixels are pooled first.
+    ``(N, C_out, H, W)`` tensor, forward or backward. What the backward needs to know of it is a bit for each element
+    (ReLU and ReLU6 in eager mode on the CPU), or recomputed piece by piece. Without an activation the pixels are pooled
+    first.
 
     Args:
         input, weight, bias, groups, activation: as for :func:`conv1x1`.

@@ -113,6 +113,16 @@ Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, c
 
 namespace {
 
+Tensor empty_bytes(int64_t size, TensorInfo like) {
+  const int64_t one = 1;
+  like.dtype = kUInt8;
+  return empty_strided(1, &size, &one, like);
+}
+
+bool has_pool_mask(const Backend& backend, const Conv1x1Problem& p) {
+  return backend.pool_masks() && (p.activation == Activation::kReLU || p.activation == Activation::kReLU6);
+}
+
 // What panels are of, in front of them: a call with other panels than it would make itself must not use them.
 struct PackedWeightTag {
   int64_t layout, dtype, weight_is_b, groups, k, channels, reserved[2];
@@ -146,10 +156,8 @@ Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& i
     g = lower_fprop(p);
     bytes = backend.packed_weight_bytes(g);
   }
-  const int64_t size = bytes == 0 ? 0 : bytes + static_cast<int64_t>(sizeof(PackedWeightTag)), one = 1;
-  TensorInfo like = args.input;
-  like.dtype = kUInt8;
-  Tensor packed = empty_strided(1, &size, &one, like);
+  const int64_t size = bytes == 0 ? 0 : bytes + static_cast<int64_t>(sizeof(PackedWeightTag));
+  Tensor packed = empty_bytes(size, args.input);
   if (bytes == 0) return packed;
   auto* tag = static_cast<PackedWeightTag*>(packed.mutable_data_ptr());
   *tag = tag_of(backend, g);
@@ -205,22 +213,33 @@ ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& g
 }
 
 Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                const Tensor& bias) {
+                const Tensor& bias, Tensor* mask) {
   Conv1x1Problem p = problem_of(args, input, weight);
   p.bias = bias_view(args, bias);
   const int64_t size[2] = {p.batch, args.input.size[args.batched() ? 1 : 0] == 0 ? 0 : p.c_out},
                 stride[2] = {size[1] > 1 ? size[1] : 1, 1};
   const int64_t skip = args.batched() ? 0 : 1;
   Tensor out = empty_strided(2 - skip, size + skip, stride + skip, args.input);
+  if (mask && has_pool_mask(backend, p)) {
+    *mask = empty_bytes(p.pool_mask_bytes(), args.input);
+    p.pool_mask = static_cast<uint8_t*>(mask->mutable_data_ptr());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(mask->get()));
+  }
   if (p.c_in != 0) backend.avg_pool(p, out.mutable_data_ptr());
   return out;
 }
 
 AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
                                const TensorInfo& dy, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                               const Wanted& wanted) {
+                               const Tensor& mask, const Wanted& wanted) {
   Conv1x1Problem p = problem_of(args, input, weight);
   p.bias = bias_view(args, bias);
+  if (mask) {
+    const TensorInfo bits = info_of(mask);
+    if (!has_pool_mask(backend, p) || bits.ndim != 1 || bits.size[0] != p.pool_mask_bytes())
+      raise_if("conv1x1_avg_pool_backward: mask: expected none, or what _avg_pool_masked returned for these arguments");
+    p.pool_mask = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
+  }
   p.dy.data = const_cast<void*>(grad_output.const_data_ptr());
   p.dy.stride[0] = args.batched() ? dy.stride[0] : 0;
   p.dy.stride[1] = dy.stride[args.batched() ? 1 : 0];

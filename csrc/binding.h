@@ -34,6 +34,8 @@ class Backend {
   virtual void mask_grad(const Conv1x1Problem& p, const ActivationView& dz) const = 0;
   // dx = 0
   virtual void zero_fill(const Conv1x1Problem& p) const = 0;
+  // Does this device's average pooling write and read Conv1x1Problem::pool_mask? Else it recomputes what was pooled.
+  virtual bool pool_masks() const { return false; }
   // out(image, c) = mean over pixels of activation(W x + bias); (batch, C_out) contiguous.
   virtual void avg_pool(const Conv1x1Problem& p, void* out) const = 0;
   // Its gradients, written to p.dx, p.dw and p.dbias where those have data; p.dy has no pixel strides.
@@ -68,11 +70,12 @@ Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& i
 ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
                    const Tensor& input, const Tensor& weight, const Tensor& output, const TensorInfo& y,
                    const Wanted& wanted);
+// `mask`, where given, receives what the backward needs to know of the activation; none where that recomputes it.
 Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
-                const Tensor& bias);
+                const Tensor& bias, Tensor* mask = nullptr);
 AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
                                const TensorInfo& dy, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                               const Wanted& wanted);
+                               const Tensor& mask, const Wanted& wanted);
 // `direction`: fprop, dgrad, wgrad or avg_pool.
 std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
                     const Tensor& bias, const Tensor& residual, const std::string& direction);
@@ -118,15 +121,16 @@ struct Operators {
               grads[3].release_if_any()};
     }
 
-    Result avg_pool() const {
+    Result avg_pool(Tensor* mask = nullptr) const {
       raise_if(check_conv(args));
-      return conv1x1::avg_pool(D(args), args, input, weight, bias).release();
+      return conv1x1::avg_pool(D(args), args, input, weight, bias, mask).release();
     }
 
-    ThreeGrads avg_pool_backward(const Tensor& grad_output, const Wanted& wanted) const {
+    ThreeGrads avg_pool_backward(const Tensor& grad_output, const Tensor& mask, const Wanted& wanted) const {
       const TensorInfo dy = info_of(grad_output);
       raise_if(check_avg_pool_backward(args, dy));
-      AvgPoolGrads grads = conv1x1::avg_pool_backward(D(args), args, grad_output, dy, input, weight, bias, wanted);
+      AvgPoolGrads grads =
+          conv1x1::avg_pool_backward(D(args), args, grad_output, dy, input, weight, bias, mask, wanted);
       return {grads[0].release_if_any(), grads[1].release_if_any(), grads[2].release_if_any()};
     }
   };
@@ -192,21 +196,30 @@ struct Operators {
     return t.avg_pool();
   }
 
+  static std::tuple<Result, MaybeResult> avg_pool_masked(Handle input, Handle weight, MaybeHandle bias,
+                                                         int64_t config) {
+    Operands t(input, weight, bias);
+    decode_config(t.args, config);
+    Tensor mask;
+    const Result out = t.avg_pool(&mask);
+    return {out, mask.release_if_any()};
+  }
+
   static ThreeGrads conv1x1_avg_pool_backward(Handle grad_output_, Handle input, Handle weight, MaybeHandle bias,
                                               int64_t groups, std::string activation, bool allow_tf32, bool need_input,
                                               bool need_weight, bool need_bias) {
     const Tensor grad_output(grad_output_);
     Operands t(input, weight, bias);
     set_conv(t.args, groups, activation, allow_tf32);
-    return t.avg_pool_backward(grad_output, {need_input, need_weight, need_bias, false});
+    return t.avg_pool_backward(grad_output, Tensor(), {need_input, need_weight, need_bias, false});
   }
 
   static ThreeGrads avg_pool_backward_private(Handle grad_output_, Handle input, Handle weight, MaybeHandle bias,
-                                              int64_t config, int64_t wanted) {
-    const Tensor grad_output(grad_output_);
+                                              MaybeHandle mask_, int64_t config, int64_t wanted) {
+    const Tensor grad_output(grad_output_), mask(mask_);
     Operands t(input, weight, bias);
     decode_config(t.args, config);
-    return t.avg_pool_backward(grad_output, decode_wanted(wanted));
+    return t.avg_pool_backward(grad_output, mask, decode_wanted(wanted));
   }
 
   static std::string explain(Handle input, Handle weight, MaybeHandle bias, MaybeHandle residual,
@@ -229,6 +242,7 @@ struct Operators {
     m.impl("_fprop_packed", TORCH_BOX(&Operators::fprop_packed));
     m.impl("_backward", TORCH_BOX(&Operators::backward_private));
     m.impl("_avg_pool", TORCH_BOX(&Operators::avg_pool_private));
+    m.impl("_avg_pool_masked", TORCH_BOX(&Operators::avg_pool_masked));
     m.impl("_avg_pool_backward", TORCH_BOX(&Operators::avg_pool_backward_private));
     m.impl("_explain", TORCH_BOX(&Operators::explain));
   }

@@ -86,6 +86,7 @@ struct GemmProblem {
   // Average pooling: instead of D, the sum over the pixels (n if pool_along_n, else m) of every image goes to `pool`,
   // (images, groups * channels) doubles, zeroed by the caller.
   double* pool = nullptr;
+  uint8_t* pool_mask = nullptr;  // Conv1x1Problem's
   bool pool_along_n = false;
 
   // The weight's panels, made by pack_weight() (cpu/plan.h) of the same weight, for a forward or dgrad of the same

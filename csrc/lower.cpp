@@ -152,6 +152,7 @@ GemmProblem lower_avg_pool(const Conv1x1Problem& p, double* pool) {
   g.activation = p.activation;
   g.bias = p.bias;
   g.pool = pool;
+  g.pool_mask = p.pool_mask;
   g.pool_along_n = g.bias_along_m;
   return g;
 }

@@ -36,9 +36,11 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
       "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int config, int wanted) "
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def("_avg_pool(Tensor input, Tensor weight, Tensor? bias, int config) -> Tensor");
+  // Besides, a bit for each output that was pooled, for the backward; none where that recomputes them.
+  m.def("_avg_pool_masked(Tensor input, Tensor weight, Tensor? bias, int config) -> (Tensor, Tensor?)");
   m.def(
-      "_avg_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int config, int wanted) "
-      "-> (Tensor?, Tensor?, Tensor?)");
+      "_avg_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? mask, int config, "
+      "int wanted) -> (Tensor?, Tensor?, Tensor?)");
 
   m.def(
       "_explain(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int groups, str activation, "

@@ -15,6 +15,7 @@ from helpers import (
     expect_ok,
     laid_out,
     magnitude_of,
+    opcheck,
     randn,
     run_python,
     stock_forward,
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conv1x1_ext import conv1x1_avg_pool, explain
+from conv1x1_ext._eager import make_config
 
 SMOOTH = (None, "silu", "gelu")
 CASES = [
@@ -185,6 +187,48 @@ def test_grad_output_of_any_strides(layout, activation):
         close((x, w, b), dy, activation=activation)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_what_the_forward_keeps_gives_the_gradients_of_what_is_recomputed(layout, activation, dtype):
+    """A bit an output: rows of bits that begin within a byte, tiles and threads that share one."""
+    for n, c_in, c_out, groups, spatial in (
+        (1, 3, 5, 1, (3, 3)),
+        (4, 8, 21, 3, (5, 5)),
+        (6, 9, 130, 1, (7, 7)),
+        (16, 16, 70, 2, (6, 6)),
+        (2, 5, 9, 1, (41, 31)),
+        (3, 64, 65, 1, (2, 3, 3)),
+    ):
+        c_in *= groups
+        c_out *= groups
+        x = laid_out((n, c_in, *spatial), dtype, layout)
+        w, b = randn((c_out, c_in // groups, *[1] * len(spatial)), dtype), randn((c_out,), dtype)
+        leaves, dy = [t.requires_grad_() for t in (x, w, b)], randn((n, c_out), dtype)
+        kept = torch.autograd.grad(conv1x1_avg_pool(*leaves, groups=groups, activation=activation), leaves, dy)
+        op = torch.ops.conv1x1_ext.conv1x1_avg_pool
+        recomputed = torch.autograd.grad(op(*leaves, groups, activation, False), leaves, dy)
+        for a, e in zip(kept, recomputed, strict=True):
+            assert torch.equal(a, e)
+
+
+@pytest.mark.cpu_only(reason="CUDA kernels recompute")
+def test_a_mask_of_other_arguments_is_refused():
+    x, w, b = randn((4, 8, 6, 6), torch.float32), randn((24, 8, 1, 1), torch.float32), randn((24,), torch.float32)
+    config, ops = make_config("relu", 1, 1, 2), torch.ops.conv1x1_ext
+    mask = ops._avg_pool_masked(x, w, b, config)[1]
+    dy = randn((4, 24), torch.float32)
+    for wrong, what in ((mask[1:], config), (mask.view(1, -1), config), (mask, make_config("silu", 1, 1, 2))):
+        with pytest.raises(RuntimeError, match="mask: expected none, or what _avg_pool_masked returned"):
+            ops._avg_pool_backward(dy, x, w, b, wrong, what, 7)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_fake_masks_are_as_the_real_ones(activation):
+    args = (randn((4, 8, 5, 6), torch.float32), randn((24, 8, 1, 1), torch.float32), None)
+    opcheck(torch.ops.conv1x1_ext._avg_pool_masked.default, (*args, make_config(activation, 1, 1, 2)))
+
+
 # ---- routes -------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +256,7 @@ def test_plain_calls_go_to_the_private_operators(need, activation):
         return [y, *(torch.autograd.grad(y, asked, dy) if asked else ())]
 
     ours, names = operators_of(lambda: run(lambda *t: conv1x1_avg_pool(*t, groups=2, activation=activation)))
-    assert names == ({"_avg_pool", "_avg_pool_backward"} if asked else {"_avg_pool"})
+    assert names == ({"_avg_pool_masked", "_avg_pool_backward"} if asked else {"_avg_pool"})
     op = torch.ops.conv1x1_ext.conv1x1_avg_pool
     public, names = operators_of(lambda: run(lambda *t: op(*t, 2, activation, False)))
     assert names == {"conv1x1_avg_pool", *(["conv1x1_avg_pool_backward"] if asked else [])}
@@ -253,7 +297,7 @@ def test_modes_and_transforms_see_the_public_operators():
 def test_create_graph_goes_through_differentiable_operators():
     x, w, b = leaves_of(1, 1, 1)
     y, names = operators_of(lambda: conv1x1_avg_pool(x, w, b, groups=2, activation="silu"))
-    assert names == {"_avg_pool"}
+    assert names == {"_avg_pool_masked"}
     (dx,), names = operators_of(lambda: torch.autograd.grad(y.square().sum(), x, create_graph=True))
     assert names == {"conv1x1", "conv1x1_backward"} and dx.requires_grad
 

@@ -194,7 +194,8 @@ DOORS = {
     "_fprop_packed": (X, W, torch.empty(0, dtype=torch.uint8), None, None, _eager.make_config(None, 1, 1, 2)),
     "_backward": (X, X, W, None, _eager.make_config(None, 1, 1, 2), 7),
     "_avg_pool": (X, W, None, _eager.make_config("relu", 1, 1, 2)),
-    "_avg_pool_backward": (X[..., 0, 0], X, W, None, _eager.make_config("relu", 1, 1, 2), 7),
+    "_avg_pool_masked": (X, W, None, _eager.make_config("relu", 1, 1, 2)),
+    "_avg_pool_backward": (X[..., 0, 0], X, W, None, None, _eager.make_config("relu", 1, 1, 2), 7),
     "_explain": (X, W, None, None, [1], 1, "none", True, "fprop"),
 }
 

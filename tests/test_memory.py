@@ -58,11 +58,13 @@ def test_autograd_saves_x_w_and_y_or_the_preactivation(activation, residual, dty
 
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_average_pooling_saves_its_arguments(activation, layout):
+def test_average_pooling_saves_its_arguments_and_a_bit_for_each_output(activation, layout):
     x, w, b = laid_out((2, 8, 6, 5), torch.float32, layout), torch.randn(12, 8, 1, 1), torch.randn(12)
     tensors = [t.requires_grad_() for t in (x, w, b)]
     _, saved = saved_by(lambda: conv1x1_avg_pool(*tensors, activation=activation))
-    assert sorted(saved) == places(*tensors)
+    bits = [size for place, size in saved if (place, size) not in places(*tensors)]
+    masks = activation in ("relu", "relu6") and x.device.type == "cpu"  # CUDA kernels recompute
+    assert bits == ([2 * 12 * 30 // 8 + 1] if masks else []) and len(saved) == 3 + len(bits)
 
 
 def test_nothing_is_saved_without_a_gradient():

@@ -116,11 +116,13 @@ int64_t offset_of(const ActivationView& t, const Piece& piece) {
   return offset;
 }
 
-// z <- activation'(z) * dy(image, channel) / pixels, z dense as rows of `width` that share an image, or a pixel.
+// z <- activation'(z) * dy(image, channel) / pixels, z dense as rows of `width` that share an image, or a pixel. Where
+// the forward's mask is there, z is only written. The piece's pixels begin at `first` of all.
 template <class T>
-void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t first_image, int64_t pixels,
-                   bool channels_last, int threads, const Microkernel& kernel) {
+void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t first, int64_t pixels, bool channels_last,
+                   int threads, const Microkernel& kernel) {
   const int storage = static_cast<int>(p.dtype);
+  const int64_t of_group = p.c_out / p.groups;
   const T scale = T(1) / static_cast<T>(p.pixels());
   const DifferentiateFn<T> differentiate_row = differentiate_fn<T>(p.activation);
   const int64_t rows = images * (channels_last ? pixels : p.c_out), width = channels_last ? p.c_out : pixels;
@@ -128,16 +130,23 @@ void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t fir
   for (int64_t r = 0; r < rows; ++r) {
     constexpr int64_t kWidth = 256;
     T value[kWidth], grad[kWidth];
-    const int64_t image = first_image + r / (channels_last ? pixels : p.c_out),
+    const int64_t image = first / p.pixels() + r / (channels_last ? pixels : p.c_out),
                   channel = channels_last ? 0 : r % p.c_out;
-    for (int64_t c = 0; c < width; c += kWidth) {
-      const int64_t n = std::min(kWidth, width - c);
+    for (int64_t c = 0, n; c < width; c += n) {
+      n = std::min(kWidth, width - c);
+      if (p.pool_mask && channels_last) n = std::min(n, of_group - c % of_group);
       void* row = at(p, z, r * width + c);
-      kernel.gather[storage](value, kWidth, row, nullptr, line(1, 0), 0, 1, line(n, 1), 0, n, Mask::kNone);
       void* dy = at(p, p.dy.data, image * p.dy.stride[0] + (channel + (channels_last ? c : 0)) * p.dy.stride[1]);
       const Axis along = channels_last ? line(n, p.dy.stride[1]) : line(1, 1);
       kernel.gather[storage](grad, kWidth, dy, nullptr, line(1, 0), 0, 1, along, 0, along.count, Mask::kNone);
-      differentiate_row(value, grad, !channels_last, n, scale);
+      if (p.pool_mask) {
+        const int64_t bit = channels_last ? (c / of_group * p.batch * p.pixels() + first + r) * of_group + c % of_group
+                                          : channel * p.batch * p.pixels() + first + r / p.c_out * pixels + c;
+        kernel.take_bits(value, p.pool_mask, bit, n, grad, !channels_last, static_cast<double>(scale));
+      } else {
+        kernel.gather[storage](value, kWidth, row, nullptr, line(1, 0), 0, 1, line(n, 1), 0, n, Mask::kNone);
+        differentiate_row(value, grad, !channels_last, n, scale);
+      }
       kernel.unpack[storage](row, line(1, 0), 0, 1, line(n, 1), 0, n, value, kWidth);
     }
   }
@@ -166,7 +175,9 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
 
 Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& kernels) {
   const Microkernel& kernel = kernels.for_dtype(p.dtype);
-  const bool channels_last = p.x.stride[1] == 1 && p.c_in > 1;
+  double unused = 0;
+  const bool channels_last = !lower_avg_pool(p, &unused).pool_along_n;
+  const bool recomputes = !p.pool_mask && p.activation != Activation::kNone;
   const int64_t limit = std::max<int64_t>(kChunk / p.c_out, 1);
   Buffer z(std::malloc(static_cast<size_t>(std::min(limit, p.batch * p.pixels()) * p.c_out * dtype_size(p.dtype))));
   // Half types add their pieces up in float32 and round once.
@@ -195,12 +206,14 @@ Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& 
       const GemmProblem g = with_best_roles(problem);
       if (status == kOk) status = run_gemm(g, make_plan(g, threads, kernels));
     };
-    gemm(lower_fprop(q));
+    if (recomputes) gemm(lower_fprop(q));
     if (status != kOk) return;
+    const int64_t first = piece.begin[0] * p.pixels() +
+                          (piece.begin[1] * p.out_size[1] + piece.begin[2]) * p.out_size[2] + piece.begin[3];
     if (kernel.dtype == DType::kFloat64)
-      differentiate<double>(p, z.get(), q.batch, piece.begin[0], pixels, channels_last, threads, kernel);
+      differentiate<double>(p, z.get(), q.batch, first, pixels, channels_last, threads, kernel);
     else
-      differentiate<float>(p, z.get(), q.batch, piece.begin[0], pixels, channels_last, threads, kernel);
+      differentiate<float>(p, z.get(), q.batch, first, pixels, channels_last, threads, kernel);
     if (p.dx.data) {
       q.dx.data = at(p, p.dx.data, offset_of(p.dx, piece));
       gemm(lower_dgrad(q));

@@ -6,11 +6,11 @@
 namespace conv1x1 {
 
 // out(image, c) = mean over pixels of activation(W x + bias); (batch, C_out) contiguous. NaN where there are no pixels.
-// The (N, C_out, H, W) tensor never exists: each finished tile is summed while it is in L1.
+// The (N, C_out, H, W) tensor never exists: each finished tile is summed while it is in L1. Writes p.pool_mask, if any.
 Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet& kernels);
 
-// Gradients of avg_pool, adding to dw and dbias, which the caller has zeroed; p.dy has no pixel strides. The
-// pre-activation is recomputed in chunks of a bounded workspace.
+// Gradients of avg_pool, adding to dw and dbias, which the caller has zeroed; p.dy has no pixel strides. In chunks
+// of a bounded workspace, the mask is p.pool_mask's or, if there is none, the pre-activation is recomputed.
 Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& kernels);
 
 // dz = dy under the mask of y.

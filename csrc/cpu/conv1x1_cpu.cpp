@@ -67,6 +67,8 @@ class CpuBackend final : public Backend {
 
   void zero_fill(const Conv1x1Problem& p) const override { conv1x1::zero_fill(p, threads_); }
 
+  bool pool_masks() const override { return true; }
+
   void avg_pool(const Conv1x1Problem& p, void* out) const override {
     raise_if_failed(conv1x1::avg_pool(p, out, threads_, kernels()));
   }

@@ -75,7 +75,7 @@ Status run(const GemmProblem& p, const Plan& plan) {
   const auto team = [&](int thread, int threads, auto barrier) {
     if (packs_once) {
       for (int id = thread; id < plan.threads; id += threads)
-        Worker<T>(p, plan, shared, own + id * plan.per_thread()).pack_once(id, plan.threads);
+        Panels<T>(p, plan, shared, own + id * plan.per_thread()).pack_once(id, plan.threads);
       barrier();
     }
     for (int id = thread; id < plan.threads; id += threads)
@@ -110,7 +110,7 @@ template <class T>
 void pack(const GemmProblem& p, const Plan& plan, void* panels) {
   Shared shared{};
   shared.once_a = shared.once_b = static_cast<char*>(panels);
-  Worker<T>(p, plan, shared, nullptr).pack_once(0, 1);
+  Panels<T>(p, plan, shared, nullptr).pack_once(0, 1);
 }
 
 }  // namespace

@@ -108,6 +108,12 @@ using SumColumnsFn = void (*)(double* sums, const void* panel, int64_t ld, int64
 // sums[channel] += a tile's pixels, one after the other: no cut of the pixels into tiles shows in the result. Pixels
 // are the tile's columns or, if not, its rows.
 using PoolFn = void (*)(double* sums, const void* tile, int64_t ld, int64_t pixels, int64_t channels, bool columns);
+// Bits of a finished tile, set where it is neither <= low nor >= high: row i's begin at bit `at` + i * pitch. And back:
+// z[j] = grads[j] * scale (or grads[0] * scale) where bit `at` + j is set, else zero.
+using PutBitsFn = void (*)(uint8_t* bits, int64_t at, int64_t pitch, const void* tile, int64_t ld, int64_t m, int64_t n,
+                           double low, double high);
+using TakeBitsFn = void (*)(void* z, const uint8_t* bits, int64_t at, int64_t n, const void* grads, bool one_grad,
+                            double scale);
 // In place on a tile: SiLU, Hardswish, GELU.
 using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
 
@@ -131,6 +137,8 @@ struct Microkernel {
   SumRowsFn sum_rows;
   SumColumnsFn sum_columns;
   PoolFn pool;
+  PutBitsFn put_bits;
+  TakeBitsFn take_bits;
   ActivateFn activate;
   const Microkernel* wide;  // the same in tiles of fewer rows and more vectors; null: none
   // Before a thread's first tile and after its last one; null: nothing to do.

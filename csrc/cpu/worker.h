@@ -15,25 +15,17 @@
 #include <limits>
 
 #include "fetch_ahead.h"
-#include "plan.h"
+#include "panels.h"
 
 namespace conv1x1 {
 
-struct Shared {  // what all threads see: workspace, and panels that the caller brought
-  char *once_a, *once_b, *partials, *bias;
-  double* sums;
-};
-
 template <class T>
-class Worker {
+class Worker : private Panels<T> {
  public:
   Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
-      : p_(problem), plan_(plan), kernel_(*plan.kernel), shared_(shared) {
-    block_a_ = reinterpret_cast<T*>(own);
-    block_b_ = reinterpret_cast<T*>(own + plan.block_a);
+      : Panels<T>(problem, plan, shared, own) {
     accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
     tile_ = kernel_.mr * kernel_.nr;
-    storage_ = static_cast<int>(p_.dtype);
     out_storage_ = static_cast<int>(p_.out_dtype);
     carried_ = plan.k_step < plan.slice;
     partial_ = accumulators_ + plan.kept() * tile_;
@@ -48,17 +40,10 @@ class Worker {
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
     epilogue_.upper = p_.activation == Activation::kReLU6 ? 6 : inf;
-  }
-
-  void pack_once(int part, int parts) {
-    if (plan_.a == Operand::kPackOnce) {
-      const Range r = share(p_.groups * plan_.m.count(), parts, part);
-      for (int64_t i = r.begin; i < r.end; ++i) pack_a(i / plan_.m.count(), i % plan_.m.count(), 0, p_.k);
-    }
-    if (plan_.b == Operand::kPackOnce) {
-      const Range r = share(p_.groups * plan_.n.count(), parts, part);
-      for (int64_t j = r.begin; j < r.end; ++j) pack_b(j / plan_.n.count(), j % plan_.n.count(), 0, p_.k);
-    }
+    // What of a pooled output ReLU and ReLU6 hold back: what would be zero or six after rounding to a half type.
+    if (p_.dtype == DType::kFloat16) mask_low_ = 0x1p-25;
+    if (p_.activation == Activation::kReLU6)
+      mask_high_ = p_.dtype == DType::kFloat16 ? 6 - 0x1p-9 : (p_.dtype == DType::kBFloat16 ? 6 - 0x1p-6 : 6);
   }
 
   void compute(int part) {
@@ -118,7 +103,10 @@ class Worker {
   }
 
  private:
-  void* element(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * dtype_size(p_.dtype); }
+  using Base = Panels<T>;
+  using Base::add_row_sums, Base::add_column_sums;
+  using Base::element, Base::packed_a, Base::packed_b, Base::ld_packed_a, Base::pack_block_a, Base::pack_block_b;
+  using Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_, Base::first_b_;
 
   void* out_element(void* base, int64_t offset) const {
     return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
@@ -132,104 +120,6 @@ class Worker {
 
   T* slice_sum(int64_t slice, int64_t row) const {
     return reinterpret_cast<T*>(shared_.partials) + (slice * p_.groups * p_.m + row) * p_.n;
-  }
-
-  // Where packed tile i lies. Packed once: by its place in the matrix; by block: by its place in the block.
-  T* packed_a(int64_t group, int64_t i) const {
-    if (plan_.a == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + plan_.m[i].start) * plan_.steps(p_.k);
-    return block_a_ + (i - first_a_) * plan_.panel_a;
-  }
-  T* packed_b(int64_t group, int64_t j) const {
-    if (plan_.b == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_b) +
-             (group * plan_.n.padded() + plan_.n[j].padded_start) * plan_.steps(p_.k);
-    return block_b_ + (j - first_b_) * plan_.panel_b;
-  }
-  int64_t ld_packed_a(const Tiling::Tile& t) const {
-    if (plan_.a_access == AccessA::kCols) return t.size;
-    return plan_.steps(plan_.a == Operand::kPackOnce ? p_.k : plan_.k_step);
-  }
-
-  const void* source(const Matrix& matrix, int64_t group) const {
-    return element(matrix.data, group * matrix.group_stride);
-  }
-  const void* aux_source(const Matrix& matrix, int64_t group) const {
-    return matrix.aux ? element(matrix.aux, group * matrix.aux_group_stride) : nullptr;
-  }
-  Mask mask_of(const Matrix& matrix) const { return matrix.aux ? p_.mask : Mask::kNone; }
-
-  // k [k0, k0 + nk) of a tile.
-  void pack_a(int64_t group, int64_t i, int64_t k0, int64_t nk) {
-    const PackFn fn = kernel_.pack_a[static_cast<int>(plan_.a_access)][storage_];
-    const Tiling::Tile t = plan_.m[i];
-    fn(packed_a(group, i), ld_packed_a(t), source(p_.a, group), aux_source(p_.a, group), p_.a.row, t.start, t.size,
-       p_.a.col, k0, nk, mask_of(p_.a));
-  }
-  void pack_b(int64_t group, int64_t j, int64_t k0, int64_t nk) {
-    const Tiling::Tile t = plan_.n[j];
-    kernel_.pack_b[storage_](packed_b(group, j), t.padded_size, source(p_.b, group), aux_source(p_.b, group), p_.b.col,
-                             t.start, t.size, p_.b.row, k0, nk, mask_of(p_.b));
-  }
-
-  // All tiles of a block at once, one row of the source after the other, where its lines run across the tiles: memory
-  // is read as it lies. False where they do not. `panel(t)` is where a tile's panel begins.
-  template <class Panel>
-  bool pack_rows(const Range& tiles, const Tiling& tiling, const Matrix& matrix, const Axis& across, const Axis& axis_k,
-                 int64_t k0, int64_t nk, const Panel& panel) {
-    if (across.inner_stride() != 1 || (matrix.aux && across.aux_stride[across.nd - 1] != 1)) return false;
-    if (kernel_.kr > 1 && !axis_k.linear()) return false;
-    constexpr int kMost = 64;
-    Segment segments[kMost];
-    int count = 0;
-    const auto flush = [&] {
-      kernel_.pack_rows[storage_](segments, count, source(matrix, group_), aux_source(matrix, group_), axis_k, k0, nk,
-                                  mask_of(matrix));
-      count = 0;
-    };
-    for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-      const Tiling::Tile tile = tiling[t];
-      const int64_t ld = &tiling == &plan_.m ? tile.size : tile.padded_size;
-      for (int64_t r = 0; r < tile.size;) {
-        const Run run = run_at(across, tile.start + r, tile.size - r);
-        const int64_t end = r + run.length;
-        segments[count++] = {panel(t) + r, ld, run.offset, run.aux_offset, run.length, end < tile.size ? 0 : ld - end};
-        r = end;
-        if (count == kMost) flush();
-      }
-    }
-    if (count > 0) flush();
-    return true;
-  }
-
-  void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
-    if (plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
-        pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); }))
-      return;
-    for (int64_t i = is.begin; i < is.end; ++i) pack_a(group_, i, k0, nk);
-  }
-
-  void pack_block_b(const Range& js, int64_t k0, int64_t nk) {
-    if (pack_rows(js, plan_.n, p_.b, p_.b.col, p_.b.row, k0, nk, [&](int64_t j) { return packed_b(group_, j); }))
-      return;
-    for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, j, k0, nk);
-  }
-
-  // Adds the sums of the packed tiles' rows to this slice's row sums.
-  void add_row_sums(const Range& is, int64_t nk) {
-    double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;
-    for (int64_t i = is.begin; i < is.end; ++i) {
-      const Tiling::Tile t = plan_.m[i];
-      kernel_.sum_rows(sums + t.start, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
-    }
-  }
-
-  void add_column_sums(const Range& js, int64_t nk) {
-    double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.n;
-    for (int64_t j = js.begin; j < js.end; ++j) {
-      const Tiling::Tile t = plan_.n[j];
-      kernel_.sum_columns(sums + t.start, packed_b(group_, j), t.padded_size, t.size, plan_.steps(nk));
-    }
   }
 
   static Range next(int64_t begin, int64_t step, int64_t end) {
@@ -485,6 +375,9 @@ class Worker {
     const bool columns = p_.pool_along_n;
     const int64_t channels = p_.groups * (columns ? p_.m : p_.n), pixels = columns ? p_.n_segment : p_.m_segment;
     const Tiling::Tile &at = columns ? tj : ti, &of = columns ? ti : tj;
+    if (p_.pool_mask)
+      kernel_.put_bits(p_.pool_mask, (group_ * p_.m + ti.start) * p_.n + tj.start, p_.n, out, kernel_.nr, ti.size,
+                       tj.size, mask_low_, mask_high_);
     double* sums = p_.pool + group_ * (columns ? p_.m : p_.n) + of.start;
     for (int64_t i = 0; i < at.size;) {
       const int64_t image = (at.start + i) / pixels, left = (image + 1) * pixels - at.start;
@@ -495,18 +388,15 @@ class Worker {
     }
   }
 
-  const GemmProblem& p_;
-  const Plan& plan_;
-  const Microkernel& kernel_;
-  const Shared& shared_;
   Epilogue epilogue_;
   Column columns_[kMaxBlockN];
-  T *block_a_, *block_b_, *accumulators_, *partial_, *staged_, *residual_;
+  T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
   FetchAhead ahead_;
-  int64_t tile_, group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;
-  int storage_, out_storage_;
+  int64_t tile_;
+  int out_storage_;
   Store half_store_ = Store::kAsIs;
+  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
   bool all_unit_ = false, carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
 };
 
