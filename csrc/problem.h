@@ -65,7 +65,7 @@ struct Conv1x1Problem {
   uint8_t* pool_mask = nullptr;
   bool accumulate_dw = false;  // dw += and dbias += instead of =
 
-  int64_t pixels() const { return out_size[0] * out_size[1] * out_size[2]; }  // per image
+  int64_t pixels() const { return out_size[0] * out_size[1] * out_size[2]; }          // per image
   int64_t pool_mask_bytes() const { return (batch * pixels() * c_out + 7) / 8 + 1; }  // the last may be read in pairs
   bool strided() const { return stride[0] != 1 || stride[1] != 1 || stride[2] != 1; }
 };

@@ -17,7 +17,8 @@ std::string cuda_build_info() { return "cuda_archs=none: built without CUDA\nnvc
 }  // namespace conv1x1
 
 STABLE_TORCH_LIBRARY_IMPL(conv1x1_ext, CUDA, m) {
-  for (const char* op : {"conv1x1", "conv1x1_backward", "conv1x1_avg_pool", "conv1x1_avg_pool_backward", "_fprop",
-                         "_pack_weight", "_fprop_packed", "_backward", "_avg_pool", "_avg_pool_backward", "_explain"})
+  for (const char* op :
+       {"conv1x1", "conv1x1_backward", "conv1x1_avg_pool", "conv1x1_avg_pool_backward", "_fprop", "_pack_weight",
+        "_fprop_packed", "_backward", "_avg_pool", "_avg_pool_masked", "_avg_pool_backward", "_explain"})
     m.impl(op, &conv1x1::raise_no_cuda);
 }
