@@ -53,11 +53,14 @@ bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
          col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
-// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each, and wgrad's long k, read in
-// narrow strips, over more pages than a TLB holds; packing pays once the panel is read several times.
-bool b_conflicts(const GemmProblem& p, int64_t element, int64_t m_tiles) {
+// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel is
+// read several times. wgrad's pieces of k are fetched into L2 beforehand, from where a tile can read them in place;
+// where its rows are but a line or two of such a distance, as AVX2's, they are more pages than a TLB holds.
+bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t element, int64_t m_tiles) {
   const int64_t pitch = p.b.row.inner_stride() * element;
-  return p.k >= 64 && m_tiles >= 4 && (pitch % 2048 == 0 || p.split_k || (p.b_is_weight && pitch > 1024));
+  if (p.k < 64 || m_tiles < 4) return false;
+  if (p.split_k) return pitch >= 64 * kernel.nr * element;
+  return pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024);
 }
 
 // A tile of A read along m is a narrow strip of lines, k of them; rows a multiple of 1 KiB apart leave it a few cache
@@ -113,7 +116,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
-  bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, element, plan.m.count());
+  bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, kernel, element, plan.m.count());
   if (segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
     segment = p.pool && p.pool_along_n ? segment * pooled_images(segment, p.n / segment, kernel.vector) : p.n;
     direct = direct && p.b.col.linear();
