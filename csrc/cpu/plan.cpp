@@ -25,8 +25,7 @@ constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
-constexpr int64_t kStripBytes =
-    32 << 10;  // of A: tiles of one call of the microkernel, which meet the same columns of B
+constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 constexpr double kWorkPerThread = 150e3;      // multiply-adds that pay for entering a parallel region (about 1 us)
