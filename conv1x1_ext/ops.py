@@ -260,7 +260,10 @@ def explain(
         out["route"] = "public operator: a transform, a dispatch mode or a tensor subclass is involved"
     else:
         out["route"] = "eager fast path" + (", autograd function" if wants_grad else ", no gradient needed")
-    if wants_grad and activation not in (None, *MASKED):
+    if direction == "avg_pool" and wants_grad:
+        kept = cast[0].device.type == "cpu" and activation in ("relu", "relu6") and out["route"].startswith("eager")  # type: ignore[union-attr]
+        out["backward"] = "from a bit kept for each output" if kept else "recomputes the pre-activation"
+    if wants_grad and direction != "avg_pool" and activation not in (None, *MASKED):
         out["activation"] = f"{activation} by torch after the kernel: its gradient needs the pre-activation"
     elif direction in ("fprop", "avg_pool"):
         out["activation"] = f"{activation}, in the kernel's epilogue"

@@ -236,7 +236,8 @@ AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, con
   p.bias = bias_view(args, bias);
   if (mask) {
     const TensorInfo bits = info_of(mask);
-    if (!has_pool_mask(backend, p) || bits.ndim != 1 || bits.size[0] != p.pool_mask_bytes())
+    if (!has_pool_mask(backend, p) || bits.dtype != kUInt8 || bits.ndim != 1 || bits.stride[0] != 1 ||
+        bits.size[0] != p.pool_mask_bytes())
       raise_if("conv1x1_avg_pool_backward: mask: expected none, or what _avg_pool_masked returned for these arguments");
     p.pool_mask = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
   }

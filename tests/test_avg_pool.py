@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conv1x1_ext import conv1x1_avg_pool, explain
 from conv1x1_ext._eager import make_config
 
+OP = torch.ops.conv1x1_ext.conv1x1_avg_pool
 SMOOTH = (None, "silu", "gelu")
 CASES = [
     Case(2, 24, 18, (7, 9)),
@@ -218,9 +219,39 @@ def test_a_mask_of_other_arguments_is_refused():
     config, ops = make_config("relu", 1, 1, 2), torch.ops.conv1x1_ext
     mask = ops._avg_pool_masked(x, w, b, config)[1]
     dy = randn((4, 24), torch.float32)
-    for wrong, what in ((mask[1:], config), (mask.view(1, -1), config), (mask, make_config("silu", 1, 1, 2))):
+    for wrong, what in (
+        (mask[1:], config),
+        (mask.view(1, -1), config),
+        (mask.float(), config),
+        (mask.repeat_interleave(2)[::2], config),
+        (mask, make_config("silu", 1, 1, 2)),
+    ):
         with pytest.raises(RuntimeError, match="mask: expected none, or what _avg_pool_masked returned"):
             ops._avg_pool_backward(dy, x, w, b, wrong, what, 7)
+
+
+@pytest.mark.cpu_only(reason="CUDA kernels multiply by a derivative of zero")
+@pytest.mark.parametrize("route", [conv1x1_avg_pool, lambda x, w, b, activation: OP(x, w, b, 1, activation, False)])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_holds_the_gradient_back_holds_nan_and_infinity_back(dtype, activation, route):
+    x = randn((2, 3, 3, 5), dtype).abs().clamp(0.5, 2)
+    w = torch.full((4, 3, 1, 1), -1.0, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, w, torch.zeros(4, dtype=dtype))]
+    dy = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]] * 2, dtype=dtype)
+    for grad in torch.autograd.grad(route(*leaves, activation=activation), leaves, dy):
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_backward_is_explained(activation):
+    x, w, b = leaves_of(1, 1, 1)
+    how = explain(x, w, b, groups=2, activation=activation, direction="avg_pool")
+    kept = activation == "relu" and x.device.type == "cpu"
+    assert how["backward"] == ("from a bit kept for each output" if kept else "recomputes the pre-activation")
+    assert how["activation"] == f"{activation}, in the kernel's epilogue"
+    with torch.no_grad():
+        assert "backward" not in explain(x, w, b, groups=2, activation=activation, direction="avg_pool")
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

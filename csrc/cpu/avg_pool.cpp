@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 namespace conv1x1 {
 namespace {
@@ -33,9 +34,6 @@ void* at(const Conv1x1Problem& p, void* base, int64_t offset) {
 template <Activation activation, class T>
 T derivative(T z) {
   switch (activation) {
-    // As numbers and not as choices, which become branches that are mispredicted every other time.
-    case Activation::kReLU: return static_cast<T>(!(z <= T(0)));
-    case Activation::kReLU6: return static_cast<T>(static_cast<int>(!(z <= T(0))) & static_cast<int>(!(z >= T(6))));
     case Activation::kSiLU: {
       const T s = T(1) / (T(1) + std::exp(-z));
       return s * (T(1) + z * (T(1) - s));
@@ -45,9 +43,25 @@ T derivative(T z) {
       const T cdf = T(0.5) * (T(1) + std::erf(z * T(0.70710678118654752440)));
       return cdf + z * T(0.39894228040143267794) * std::exp(T(-0.5) * z * z);
     }
-    case Activation::kNone: break;
+    case Activation::kNone:
+    case Activation::kReLU:
+    case Activation::kReLU6: break;  // gradients pass or do not: differentiate_row
   }
   return T(1);
+}
+
+// grad where z lets it through, else zero, whatever grad is, as in torch. By its bits and not by a choice, which
+// becomes a branch that is mispredicted every other time.
+template <Activation activation, class T>
+T passed(T z, T grad) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  Bits bits;
+  std::memcpy(&bits, &grad, sizeof bits);
+  const int passes =
+      static_cast<int>(!(z <= T(0))) & static_cast<int>(activation != Activation::kReLU6 || !(z >= T(6)));
+  bits &= Bits(0) - static_cast<Bits>(passes);
+  std::memcpy(&grad, &bits, sizeof bits);
+  return grad;
 }
 
 // z <- activation'(z) * grad * scale, with a gradient for each z or one for all. A loop for each activation: with the
@@ -57,11 +71,17 @@ using DifferentiateFn = void (*)(T* z, const T* grad, bool one_grad, int64_t n, 
 
 template <Activation activation, class T>
 void differentiate_row(T* z, const T* grad, bool one_grad, int64_t n, T scale) {
+  const auto times = [scale](T at, T g) {
+    if constexpr (activation == Activation::kReLU || activation == Activation::kReLU6)
+      return passed<activation>(at, g * scale);
+    else
+      return derivative<activation>(at) * g * scale;
+  };
   const T first = grad[0];
   if (one_grad)
-    for (int64_t j = 0; j < n; ++j) z[j] = derivative<activation>(z[j]) * first * scale;
+    for (int64_t j = 0; j < n; ++j) z[j] = times(z[j], first);
   else
-    for (int64_t j = 0; j < n; ++j) z[j] = derivative<activation>(z[j]) * grad[j] * scale;
+    for (int64_t j = 0; j < n; ++j) z[j] = times(z[j], grad[j]);
 }
 
 template <class T>
@@ -160,15 +180,14 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
   Buffer memory(std::calloc(static_cast<size_t>(count), sizeof(double)));
   double* sums = static_cast<double*>(memory.get());
   if (!sums) return kOutOfMemory;
-  const GemmProblem g = lower_avg_pool(p, sums);
-  const Plan plan = make_plan(g, threads, kernels);
-  const Status status = run_gemm(g, plan);
+  const Status status = run_gemm(lower_avg_pool(p, sums), threads, kernels);
   const double pixels = static_cast<double>(p.pixels());
   for (int64_t i = 0; i < count; ++i) {
     const double mean = sums[i] / pixels;
     const float rounded = static_cast<float>(mean);
     const void* value = p.dtype == DType::kFloat64 ? static_cast<const void*>(&mean) : &rounded;
-    plan.kernel->unpack[static_cast<int>(p.dtype)](at(p, out, i), line(1, 0), 0, 1, line(1, 1), 0, 1, value, 1);
+    kernels.for_dtype(p.dtype).unpack[static_cast<int>(p.dtype)](at(p, out, i), line(1, 0), 0, 1, line(1, 1), 0, 1,
+                                                                 value, 1);
   }
   return status;
 }
@@ -202,9 +221,8 @@ Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& 
     dense.stride[2] = dense.stride[3] * q.out_size[1];
     q.y = dense;
     q.dy = dense;
-    const auto gemm = [&](const GemmProblem& problem) {
-      const GemmProblem g = with_best_roles(problem);
-      if (status == kOk) status = run_gemm(g, make_plan(g, threads, kernels));
+    const auto gemm = [&](const GemmProblem& g) {
+      if (status == kOk) status = run_gemm(g, threads, kernels);
     };
     if (recomputes) gemm(lower_fprop(q));
     if (status != kOk) return;

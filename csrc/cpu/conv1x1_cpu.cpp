@@ -45,10 +45,7 @@ class CpuBackend final : public Backend {
 #endif
   }
 
-  void gemm(const GemmProblem& problem) const override {
-    const GemmProblem g = with_best_roles(problem);
-    raise_if_failed(run_gemm(g, make_plan(g, threads_, kernels())));
-  }
+  void gemm(const GemmProblem& g) const override { raise_if_failed(run_gemm(g, threads_, kernels())); }
 
   int64_t panel_layout() const override {
     int64_t hash = 1469598103934665603;  // FNV-1a of the instruction set's name

@@ -130,4 +130,9 @@ Status run_gemm(const GemmProblem& p, const Plan& plan) {
   return plan.kernel->dtype == DType::kFloat64 ? run<double>(p, plan) : run<float>(p, plan);
 }
 
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels) {
+  const GemmProblem p = with_best_roles(problem);
+  return run_gemm(p, make_plan(p, max_threads, kernels));
+}
+
 }  // namespace conv1x1

@@ -2,6 +2,7 @@
 //
 //   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> threads and phases
 //   worker.h    a thread's loop nest                      microkernel.h   what runs inside a tile
+//   panels.h    a thread's packed operands                fetch_ahead.h   what the next block reads
 #pragma once
 
 #include <string>
@@ -36,7 +37,7 @@ struct Tiling {
     return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
   }
 
-  // How many tiles from t on, at most `limit`, are as long as it: all of that many or, looked at closer, one.
+  // `limit` if so many tiles from t on are as long as it, else one.
   int64_t alike(int64_t t, int64_t limit) const {
     if (limit <= 1) return 1;
     const Tile first = (*this)[t], last = (*this)[t + limit - 1];  // lengths differ by one unit at most
@@ -105,5 +106,6 @@ void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* pan
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 Status run_gemm(const GemmProblem& problem, const Plan& plan);
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // its best roles and its plan
 
 }  // namespace conv1x1
