@@ -71,7 +71,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
     ]
     calls = []
     for kernel, rows, k, (a, b, c) in cases:
-        gflops = table.time(kernel["name"], rows, a, b, c, 3, 200)
+        gflops = table.time(kernel["name"], rows, a, b, c, kernel["nr"], 3, 200)
         calls.append(max(1, int(SAMPLE_SECONDS * gflops * 1e9 / (2 * k * kernel["mr"] * kernel["nr"]))))
     kinds = list(dict.fromkeys((kernel["isa"], kernel["operand"]) for kernel, *_ in cases))
     samples: list[list[float]] = [[] for _ in cases]
@@ -81,7 +81,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
         for kind in kinds:
             peaks[kind].append(ceiling.fma_gflops(*kind, 1, SAMPLE_SECONDS))
         for own, count, (kernel, rows, _, (a, b, c)) in zip(samples, calls, cases, strict=True):
-            own.append(table.time(kernel["name"], rows, a, b, c, 1, count))
+            own.append(table.time(kernel["name"], rows, a, b, c, kernel["nr"], 1, count))
     results = []
     for own, (kernel, rows, k, _) in zip(samples, cases, strict=True):
         peak = peaks[kernel["isa"], kernel["operand"]]

@@ -22,10 +22,12 @@ Microkernel make_avx2_float32();
 Microkernel make_avx2_float64();
 Microkernel make_avx512_float32();
 Microkernel make_avx512_float32_wide();
+Microkernel make_avx512_float32_narrow();
 Microkernel make_avx512_float64();
 Microkernel make_avx512_float64_wide();
 Microkernel make_avx512_bf16_bfloat16();
 Microkernel make_avx512_bf16_bfloat16_wide();
+Microkernel make_avx512_bf16_bfloat16_narrow();
 Microkernel make_avx512_amx_bfloat16();
 #endif
 
@@ -34,43 +36,54 @@ namespace {
 // Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
 // that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
 struct Table {
-  Microkernel kernels[12];
-  const Microkernel* pointers[12];
+  Microkernel kernels[16];
+  const Microkernel* pointers[16];
   KernelSet sets[5];
   size_t count = 0, set_count = 0;
 
   Table() {
-    add("scalar", make_portable_float32, make_portable_float64);
+    add("scalar", {make_portable_float32}, {make_portable_float64});
 #if defined(__x86_64__)
-    add("avx2", make_avx2_float32, make_avx2_float64);
-    add("avx512", make_avx512_float32, make_avx512_float64, make_avx512_float32_wide, make_avx512_float64_wide);
-    add_bfloat16("avx512_bf16", make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide);
-    add_bfloat16("avx512_amx", make_avx512_amx_bfloat16);
+    add("avx2", {make_avx2_float32}, {make_avx2_float64});
+    add("avx512", {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow},
+        {make_avx512_float64, make_avx512_float64_wide});
+    add_bfloat16("avx512_bf16",
+                 {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
+    add_bfloat16("avx512_amx", {make_avx512_amx_bfloat16});
 #endif
   }
 
   using Make = Microkernel (*)();
+  struct Shapes {
+    Make usual, wide = nullptr, narrow = nullptr;
+  };
 
-  const Microkernel* add(Make make, Make make_wide) {
-    const Microkernel* wide = make_wide ? add(make_wide, nullptr) : nullptr;
+  const Microkernel* add(Make make) {
     kernels[count] = make();
-    kernels[count].wide = wide;
     pointers[count] = &kernels[count];
     return pointers[count++];
   }
 
-  void add(const char* isa, Make make_float32, Make make_float64, Make wide_float32 = nullptr,
-           Make wide_float64 = nullptr) {
+  const Microkernel* add(const Shapes& shapes) {
+    const Microkernel* wide = shapes.wide ? add(shapes.wide) : nullptr;
+    const Microkernel* narrow = shapes.narrow ? add(shapes.narrow) : nullptr;
+    const Microkernel* usual = add(shapes.usual);
+    kernels[count - 1].wide = wide;
+    kernels[count - 1].narrow = narrow;
+    return usual;
+  }
+
+  void add(const char* isa, const Shapes& for_float32, const Shapes& for_float64) {
     if (!isa_supported(isa)) return;
-    const Microkernel *float32 = add(make_float32, wide_float32), *float64 = add(make_float64, wide_float64);
+    const Microkernel *float32 = add(for_float32), *float64 = add(for_float64);
     sets[set_count++] = {isa, float32, float64, float32};
   }
 
-  void add_bfloat16(const char* isa, Make make, Make make_wide = nullptr) {
+  void add_bfloat16(const char* isa, const Shapes& shapes) {
     if (!isa_supported(isa)) return;
     KernelSet set = sets[set_count - 1];  // the other types' kernels are those of the set before
     set.isa = isa;
-    set.bfloat16 = add(make, make_wide);
+    set.bfloat16 = add(shapes);
     sets[set_count++] = set;
   }
 };

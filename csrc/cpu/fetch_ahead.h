@@ -35,16 +35,19 @@ class FetchAhead {
     while (current_ < count_) {
       Piece& piece = pieces_[current_];
       if (piece.row < piece.rows) {
-        int64_t rows = (left_ * args.tiles + tiles - 1) / tiles;
-        if (rows > args.k * args.tiles) rows = args.k * args.tiles;
+        const int64_t steps = args.k * args.tiles;
+        int64_t rows = (left_ * args.tiles + tiles - 1) / tiles, together = 1;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
+        // Of a stretch, as many lines in a step as it takes.
+        while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;
+        const int64_t fetches = rows / together < steps ? rows / together : steps;
         args.fetch = piece.base + piece.row * piece.pitch;
-        args.fetch_pitch = piece.pitch;
-        args.fetch_width = piece.width;
-        args.fetch_rows = rows;
+        args.fetch_pitch = piece.pitch * together;
+        args.fetch_width = piece.width * together;
+        args.fetch_rows = fetches;
         args.fetch_near = piece.near;
-        piece.row += rows;
-        left_ -= rows;
+        piece.row += fetches * together;
+        left_ -= fetches * together;
         return;
       }
       ++current_;

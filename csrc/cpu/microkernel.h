@@ -65,6 +65,7 @@ struct TileArgs {
   int64_t tiles = 1, a_step = 0;
   bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
   const void* const* a_rows = nullptr;
+  int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
   const void* a = nullptr;
   int64_t lda = 0;
   const void* b = nullptr;
@@ -140,7 +141,10 @@ struct Microkernel {
   PutBitsFn put_bits;
   TakeBitsFn take_bits;
   ActivateFn activate;
-  const Microkernel* wide;  // the same in tiles of fewer rows and more vectors; null: none
+  bool pitched;  // rows of A by their first one and a_pitch
+  // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
+  // rows, pitched, not for wgrad, whose panels' sums it does not know.
+  const Microkernel *wide, *narrow;
   // Before a thread's first tile and after its last one; null: nothing to do.
   void (*enter)();
   void (*leave)();

@@ -92,16 +92,23 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
 // packed for one shape whatever the activations are, so nothing but n may decide then.
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
-  if (!kernel.wide || p.split_k || plan.n.segments == 0) return;
+  if (p.split_k || plan.n.segments == 0 || (plan.prepacked && p.a_is_weight && plan.a_access == AccessA::kCols)) return;
+  const auto take = [&](const Microkernel& shape, const char* why) {
+    plan.kernel = &shape;
+    plan.shape = why;
+    plan.m = Tiling(p.m, plan.m.segment, shape.m_unit, shape.mr);
+    plan.n = Tiling(p.n, plan.n.segment, shape.vector, shape.nr / shape.vector);
+  };
+  const bool pitched = plan.a != Operand::kDirect || plan.a_access == AccessA::kCols || p.a.row.linear();
+  if (kernel.narrow && plan.n.vectors == 1 && p.m >= kernel.narrow->mr && pitched)
+    return take(*kernel.narrow, ", the narrow shape: one vector of columns");
+  if (!kernel.wide) return;
   if (!p.b_is_weight && plan.a_access == AccessA::kCols) return;
   const auto tiles = [&](const Microkernel& k) {
     return static_cast<double>(Tiling(p.n, plan.n.segment, k.vector, k.nr / k.vector).per_segment) / k.mr;
   };
   if (tiles(*kernel.wide) > 0.97 * tiles(kernel)) return;
-  plan.wide = true;
-  plan.kernel = kernel.wide;
-  plan.m = Tiling(p.m, plan.m.segment, plan.kernel->m_unit, plan.kernel->mr);
-  plan.n = Tiling(p.n, plan.n.segment, plan.kernel->vector, plan.kernel->nr / plan.kernel->vector);
+  take(*kernel.wide, ", the wide shape: fewer tiles");
 }
 
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
@@ -395,10 +402,8 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
 
 std::string describe(const GemmProblem& p, const Plan& plan) {
   const int64_t work = p.groups * p.m * p.n * p.k;
-  std::string text = std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa +
-                     (plan.wide           ? ", the wide shape: fewer tiles"
-                      : plan.kernel->wide ? ", the tall shape"
-                                          : "");
+  std::string text =
+      std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa + plan.shape;
   text += "\nisa=" + std::string(plan.isa) +
           (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);

@@ -62,11 +62,11 @@ constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
 
 struct Plan {
   const Microkernel* kernel = nullptr;
+  const char* shape = "";     // which of the kernel's shapes this is, and why
   const char* isa = nullptr;  // of the whole set: the kernel's own, or a better one that has nothing better for it
   Tiling m, n;
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
-  bool wide = false;                 // the kernel is the wide one of two shapes
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block

@@ -86,6 +86,7 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
   call.args.m = m;
   call.args.tiles = tiles;
+  call.args.a_pitch = k * static_cast<int64_t>(sizeof(P));
   call.args.a_step = m * k * static_cast<int64_t>(sizeof(P));
   call.args.fetch_out = true;
   call.args.n = n;
@@ -139,11 +140,12 @@ void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> ou
   call.fn(call.args);
 }
 
-// Best GFLOP/s of `rounds` rounds of `calls` whole tiles of one microkernel, operands in cache.
+// Best GFLOP/s of `rounds` rounds of `calls` tiles of n columns of one microkernel, operands in cache.
 template <class T, class P>
-double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int rounds, int calls) {
+double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, int rounds,
+                 int calls) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, kernel.nr);
+  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
@@ -153,8 +155,7 @@ double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Arr
     const auto begin = std::chrono::steady_clock::now();
     for (int c = 0; c < calls; ++c) call.fn(call.args);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    const double rate =
-        2.0 * static_cast<double>(call.args.k * kernel.kr) * kernel.mr * kernel.nr * calls / seconds / 1e9;
+    const double rate = 2.0 * static_cast<double>(call.args.k * kernel.kr * call.args.m * n) * calls / seconds / 1e9;
     if (rate > best) best = rate;
   }
   return best;
@@ -240,7 +241,7 @@ void define_runs(py::module_& m) {
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
         py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1);
   m.def("time", &time_tile<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("rounds"), py::arg("calls"));
+        py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }
 
 template <class T>

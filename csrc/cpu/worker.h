@@ -222,11 +222,13 @@ class Worker : private Panels<T> {
         const int64_t row = linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset;
         rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + k + row);
       }
+      args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
     } else if (direct) {
       args.a = element(p_.a.data, group_ * p_.a.group_stride + (k0 + k) * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
       const T* a = packed_a(group_, i) + step;
       for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
+      args.a_pitch = args.lda * static_cast<int64_t>(sizeof(T));
     } else {
       args.a = packed_a(group_, i) + step * args.lda;
     }

@@ -54,6 +54,9 @@ Microkernel make_avx512_float32() {
 Microkernel make_avx512_float32_wide() {
   return make_microkernel<Avx512Float32, 6, 4>("float32_6x64_avx512", "avx512", DType::kFloat32);
 }
+Microkernel make_avx512_float32_narrow() {
+  return make_microkernel<Avx512Float32, 16, 1, true>("float32_16x16_avx512", "avx512", DType::kFloat32);
+}
 Microkernel make_avx512_float64() {
   return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);
 }

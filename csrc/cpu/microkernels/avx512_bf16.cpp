@@ -54,6 +54,12 @@ Microkernel make_avx512_bf16_bfloat16_wide() {
   fill_pairs(kernel);
   return kernel;
 }
+Microkernel make_avx512_bf16_bfloat16_narrow() {
+  Microkernel kernel = make_tiles<Avx512BFloat16, 16, 1, true>("bfloat16_16x16_avx512_bf16", "avx512_bf16",
+                                                               DType::kFloat32, DType::kBFloat16);
+  fill_pairs(kernel);
+  return kernel;
+}
 
 }  // namespace conv1x1
 CONV1X1_TARGET_END
