@@ -52,6 +52,10 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
         a, b = (torch.from_numpy(x).bfloat16().float().numpy() for x in (a, b))
         expected = a.astype(np.float64) @ b.astype(np.float64)
         a, b = (pairs(a.T).T, pairs(b))
+    if kernel["b"] == "float16":
+        b = b.astype(np.float16)
+        expected = a.astype(np.float64) @ b.astype(np.float64)
+        b = b.view(np.uint16)
     steps = a.shape[1]
     if not rows:  # (k / KS, m, KS) in memory
         a = a.reshape(kernel["mr"], -1, kernel["ks"]).swapaxes(0, 1).reshape(steps, kernel["mr"])

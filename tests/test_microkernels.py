@@ -11,12 +11,12 @@ np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
-TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last
+TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last; and what B is where it is not the operand
     ("scalar", "float32"): ["4x8"],
     ("scalar", "float64"): ["4x4"],
     ("avx2", "float32"): ["6x16"],
     ("avx2", "float64"): ["6x8"],
-    ("avx512", "float32"): ["6x64", "16x16", "8x48"],
+    ("avx512", "float32"): ["6x64", "16x16", "8x48-float16", "8x48"],
     ("avx512", "float64"): ["6x32", "8x24"],
     ("avx512_bf16", "bfloat16"): ["6x64", "16x16", "8x48"],
     ("avx512_amx", "bfloat16"): ["32x32"],
@@ -32,8 +32,9 @@ def kernel(request, table):
     found = [k for k in table.list() if k["isa"] == isa and k["operand"] == operand]
     if not found:
         pytest.skip(f"this CPU does not run {isa}")
-    assert [f"{k['mr']}x{k['nr']}" for k in found] == TILES[isa, operand]
-    return next(k for k in found if f"{k['mr']}x{k['nr']}" == tile)
+    named = {f"{k['mr']}x{k['nr']}" + (f"-{k['b']}" if k["b"] != operand else ""): k for k in found}
+    assert list(named) == TILES[isa, operand]
+    return named[tile]
 
 
 @pytest.fixture
@@ -47,7 +48,9 @@ def random(rng, shape, kernel):
 
 def rounded(x, kernel):
     """x as an operand in memory holds it."""
-    return x if kernel["operand"] != "bfloat16" else bfloat16_bits(x).astype(np.uint32).__lshift__(16).view(np.float32)
+    if kernel["operand"] == "bfloat16":
+        return bfloat16_bits(x).astype(np.uint32).__lshift__(16).view(np.float32)
+    return x if kernel["b"] != "float16" else x.astype(np.float16).astype(np.float32)
 
 
 def bfloat16_bits(x):
@@ -92,6 +95,8 @@ class Tile:
         a, b, ks = self.a, self.b, self.kernel["ks"]
         if self.kernel["kr"] == 2:
             a, b = in_groups(in_pairs(a, 1), 1, ks), in_groups(in_pairs(b, 0), 0, ks)
+        if self.kernel["b"] == "float16":
+            b = b.astype(np.float16).view(np.uint16)
         if not self.rows:  # (k / KS, m, KS) in memory
             steps = a.shape[1]
             a = np.ascontiguousarray(a.reshape(self.m, -1, ks).swapaxes(0, 1)).reshape(steps, self.m)
@@ -329,7 +334,8 @@ def test_the_table_is_complete(table):
     isas = [k["isa"] for k in kernels]
     assert isas == sorted(isas, key=ISAS.index) and isas[:2] == ["scalar", "scalar"]
     for k in kernels:
-        assert k["nr"] % k["vector"] == 0 and k["name"].startswith(f"{k['operand']}_{k['mr']}x{k['nr']}_")
+        operands = k["operand"] if k["b"] == k["operand"] else f"{k['operand']}x{k['b']}"
+        assert k["nr"] % k["vector"] == 0 and k["name"].startswith(f"{operands}_{k['mr']}x{k['nr']}_")
         assert (k["kr"] == 2) == (k["operand"] == "bfloat16")
     assert len({k["name"] for k in kernels}) == len(kernels)
 

@@ -23,6 +23,7 @@ Microkernel make_avx2_float64();
 Microkernel make_avx512_float32();
 Microkernel make_avx512_float32_wide();
 Microkernel make_avx512_float32_narrow();
+Microkernel make_avx512_float32_float16_b();
 Microkernel make_avx512_float64();
 Microkernel make_avx512_float64_wide();
 Microkernel make_avx512_bf16_bfloat16();
@@ -45,7 +46,8 @@ struct Table {
     add("scalar", {make_portable_float32}, {make_portable_float64});
 #if defined(__x86_64__)
     add("avx2", {make_avx2_float32}, {make_avx2_float64});
-    add("avx512", {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow},
+    add("avx512",
+        {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow, make_avx512_float32_float16_b},
         {make_avx512_float64, make_avx512_float64_wide});
     add_bfloat16("avx512_bf16",
                  {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
@@ -55,7 +57,7 @@ struct Table {
 
   using Make = Microkernel (*)();
   struct Shapes {
-    Make usual, wide = nullptr, narrow = nullptr;
+    Make usual, wide = nullptr, narrow = nullptr, float16_b = nullptr;
   };
 
   const Microkernel* add(Make make) {
@@ -67,10 +69,13 @@ struct Table {
   const Microkernel* add(const Shapes& shapes) {
     const Microkernel* wide = shapes.wide ? add(shapes.wide) : nullptr;
     const Microkernel* narrow = shapes.narrow ? add(shapes.narrow) : nullptr;
-    const Microkernel* usual = add(shapes.usual);
-    kernels[count - 1].wide = wide;
-    kernels[count - 1].narrow = narrow;
-    return usual;
+    const Microkernel* float16_b = shapes.float16_b ? add(shapes.float16_b) : nullptr;
+    Microkernel& usual = kernels[count];
+    add(shapes.usual);
+    usual.wide = wide;
+    usual.narrow = narrow;
+    usual.float16_b = float16_b;
+    return &usual;
   }
 
   void add(const char* isa, const Shapes& for_float32, const Shapes& for_float64) {

@@ -121,8 +121,9 @@ using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activa
 struct Microkernel {
   const char* name;
   const char* isa;
-  DType dtype;    // of the accumulators, and of C: float32 or float64
-  DType operand;  // of A and B, in panels and in place
+  DType dtype;       // of the accumulators, and of C: float32 or float64
+  DType operand;     // of A and B, in panels and in place
+  DType b_in_place;  // what B is instead where it is read in place, converted as it is loaded
   int kr, mr, nr, vector;
   bool stores_half;
   int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
@@ -145,6 +146,7 @@ struct Microkernel {
   // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
   // rows, pitched, not for wgrad, whose panels' sums it does not know.
   const Microkernel *wide, *narrow;
+  const Microkernel* float16_b;  // the same for a B in place in float16; null: none
   // Before a thread's first tile and after its last one; null: nothing to do.
   void (*enter)();
   void (*leave)();

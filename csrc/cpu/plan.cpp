@@ -48,7 +48,7 @@ int64_t l2_bytes() {
 // Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
 bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
   const Axis& col = p.b.col;
-  return p.dtype == kernel.operand && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
+  return p.dtype == kernel.b_in_place && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
          col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
@@ -147,6 +147,16 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
   }
   choose_shape(p, plan);
+}
+
+// float16 in place, converted in every tile that reads it, rather than packed.
+void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
+  const Microkernel* other = plan.kernel->float16_b;
+  if (!other || p.dtype != other->b_in_place || p.b_is_weight || p.split_k) return;
+  Plan converting = plan;
+  converting.kernel = other;
+  choose_operands(p, converting, element);
+  if (converting.b == Operand::kDirect) plan = converting;
 }
 
 // k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
@@ -327,6 +337,8 @@ std::string reason_a(const GemmProblem& p, const Plan& plan) {
 }
 
 std::string reason_b(const GemmProblem& p, const Plan& plan) {
+  if (plan.b == Operand::kDirect && p.dtype != plan.kernel->operand)
+    return "n is contiguous; converted to float32 as it is loaded";
   if (plan.b == Operand::kDirect) return "n is contiguous";
   if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
   if (p.dtype != plan.kernel->operand) return "converted to float32";
@@ -380,6 +392,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   // Of an accumulator, and of an element of a panel: KR operands are as wide.
   const int64_t element = dtype_size(plan.kernel->dtype);
   choose_operands(p, plan, element);
+  convert_b_in_place(p, plan, element);
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);

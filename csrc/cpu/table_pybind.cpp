@@ -39,6 +39,7 @@ std::vector<py::dict> list() {
     d["isa"] = k.isa;
     d["dtype"] = conv1x1::dtype_name(k.dtype);
     d["operand"] = conv1x1::dtype_name(k.operand);
+    d["b"] = conv1x1::dtype_name(k.b_in_place);
     d["kr"] = k.kr;
     d["ks"] = k.ks;
     d["mr"] = k.mr;
@@ -61,14 +62,16 @@ struct Call {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P: an element of a panel,
-// two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where KS > 1, k is whole KS, and
-// columns of a are (k / KS, m, KS) in memory. A strip of `tiles` tiles has so many times a's and out's rows.
-template <class T, class P>
-Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<P>& b, Array<T>& out, int64_t n,
+// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P and PB: elements of A
+// and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
+// KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory. A strip of `tiles` tiles has so many times a's
+// and out's rows.
+template <class T, class P, class PB>
+Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
                 int64_t tiles = 1) {
-  const bool pairs = std::is_same<P, uint32_t>::value;
-  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs)
+  const bool pairs = std::is_same<P, uint32_t>::value, float16_b = std::is_same<PB, uint16_t>::value;
+  if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs ||
+      (kernel.b_in_place == conv1x1::DType::kFloat16) != float16_b)
     throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
   Call<T> call;
   if (tiles < 1 || a.shape(0) % tiles != 0 || (tiles > 1 && kernel.ks > 1))
@@ -113,12 +116,12 @@ class Entered {
   const Microkernel& kernel_;
 };
 
-template <class T, class P>
-void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, py::object c_in,
+template <class T, class P, class PB>
+void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
          int64_t tiles) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n, tiles);
+  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
@@ -141,11 +144,11 @@ void run(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> ou
 }
 
 // Best GFLOP/s of `rounds` rounds of `calls` tiles of n columns of one microkernel, operands in cache.
-template <class T, class P>
-double time_tile(const std::string& name, bool rows, Array<P> a, Array<P> b, Array<T> out, int64_t n, int rounds,
+template <class T, class P, class PB>
+double time_tile(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, int rounds,
                  int calls) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P>(kernel, rows, a, b, out, n);
+  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
@@ -173,7 +176,7 @@ void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, A
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
-  Call<float> call = prepare<float, uint32_t>(kernel, true, a, b, shape, n, tiles);
+  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, true, a, b, shape, n, tiles);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   call.args.c_out = out.mutable_data();
@@ -234,19 +237,19 @@ void define_packed(py::module_& m) {
         py::arg("threads"), py::arg("beforehand"));
 }
 
-template <class T, class P>
+template <class T, class P, class PB>
 void define_runs(py::module_& m) {
-  m.def("run", &run<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+  m.def("run", &run<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
         py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1);
-  m.def("time", &time_tile<T, P>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
+  m.def("time", &time_tile<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(),
+        py::arg("b").noconvert(), py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }
 
 template <class T>
 void define(py::module_& m) {
-  define_runs<T, T>(m);
+  define_runs<T, T, T>(m);
   m.def("activate", &activate<T>, py::arg("name"), py::arg("tile").noconvert(), py::arg("activation"));
 }
 
@@ -257,7 +260,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("list", &list);
   define<float>(m);
   define<double>(m);
-  define_runs<float, uint32_t>(m);
+  define_runs<float, uint32_t, uint32_t>(m);
+  define_runs<float, float, uint16_t>(m);
   define_packed<float>(m);
   define_packed<double>(m);
   define_packed<uint16_t>(m);

@@ -46,6 +46,14 @@ struct Avx512Float64 {
 
 #include "tile.inc"
 
+// A in panels of float32, B in place in float16, converted as it is loaded: no panel of B is written and read again,
+// where few tiles of m would share it.
+struct Avx512Float16B : Plain<Avx512Float32> {
+  using PB = uint16_t;
+  static Op load_op(const PB* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Op load_op(const PB* p, Mask m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
+};
+
 }  // namespace
 
 Microkernel make_avx512_float32() {
@@ -56,6 +64,13 @@ Microkernel make_avx512_float32_wide() {
 }
 Microkernel make_avx512_float32_narrow() {
   return make_microkernel<Avx512Float32, 16, 1, true>("float32_16x16_avx512", "avx512", DType::kFloat32);
+}
+Microkernel make_avx512_float32_float16_b() {
+  Microkernel kernel =
+      make_tiles<Avx512Float16B, 8, 3>("float32xfloat16_8x48_avx512", "avx512", DType::kFloat32, DType::kFloat32);
+  fill_packing(kernel, static_cast<float*>(nullptr));
+  kernel.b_in_place = DType::kFloat16;
+  return kernel;
 }
 Microkernel make_avx512_float64() {
   return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);

@@ -30,6 +30,7 @@ namespace {
 struct Avx512BFloat16 : Avx512Float32 {
   static constexpr int kKr = 2;
   typedef uint32_t P __attribute__((aligned(2), may_alias));  // two bfloat16, in place or in a panel
+  using PB = P;
   using Op = __m512i;
   static Op broadcast(const P* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static Op load_op(const P* p) { return _mm512_loadu_si512(p); }
