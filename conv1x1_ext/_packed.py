@@ -17,8 +17,8 @@ class PackedWeight:
     """A weight as the kernels read it, made once, for calls that need no gradient.
 
     Args:
-        input: decides, by its layout, dtype and device, for which kernels.
-        weight, groups: as for :func:`conv1x1`.
+        input: decides, by its layout, dtype, device and size, for which kernels.
+        weight, stride, groups: as for :func:`conv1x1`.
 
     It knows every write that torch counts (in place, an optimizer's, ``load_state_dict``), another tensor and moved
     storage. It cannot know of writes through ``weight.data`` or NumPy; with CONV1X1_CHECK_PACKED=1 in the environment
@@ -28,17 +28,18 @@ class PackedWeight:
         RuntimeError: as :func:`conv1x1`, and for inference tensors, whose writes torch does not count.
     """
 
-    def __init__(self, input: Tensor, weight: Tensor, groups: int) -> None:
+    def __init__(self, input: Tensor, weight: Tensor, stride: int | tuple[int, ...], groups: int) -> None:
         if weight.is_inference():
             raise RuntimeError(
                 "prepack: weight: expected a tensor that counts its writes, got an inference tensor (made under "
                 "torch.inference_mode()): a stale packed weight could not be told from a fresh one"
             )
-        config = _eager.make_config(None, 1, groups, weight.dim() - 2)
+        spatial = weight.dim() - 2
+        config = _eager.make_config(None, stride, groups, spatial) or _eager.make_config(None, 1, groups, spatial)
         with torch.no_grad():
             self.panels: Tensor = _pack(input, weight, config)
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
-        self._spatial = weight.dim() - 2
+        self._spatial = spatial
         self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
 
     @property

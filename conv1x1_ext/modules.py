@@ -126,15 +126,16 @@ class _Conv1x1Mixin(nn.Module):
         """Packs the weight once for the kernels that inputs like ``input`` run, in evaluation without gradients.
 
         Worth it where the weight is large and the image small: otherwise every call packs it anew. Does nothing where
-        the kernels read the weight as it lies (contiguous float32, CUDA). Calls with another layout, or that need a
-        gradient, work as before.
+        the kernels read the weight as it lies (CUDA; contiguous float32, but for an ``input`` of so few pixels, 7x7 of
+        one image, that they leave vectors a fifth empty). Calls with another layout, of another such size, or that
+        need a gradient, work as before.
 
         The packed weight is dropped by ``train()``, ``.to()`` and its like, ``load_state_dict``, an optimizer's step
         and every other write that torch counts. Writes through ``weight.data`` or NumPy torch does not count: call
         ``prepack`` again after them (CONV1X1_CHECK_PACKED=1 in the environment makes a forgotten one an error).
 
         Args:
-            input: a tensor of the layout, dtype and device of those to come, such as the one about to be passed.
+            input: a tensor of the layout, dtype, device and size of those to come, such as the one about to be passed.
 
         Returns:
             the module.
@@ -146,7 +147,7 @@ class _Conv1x1Mixin(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}.prepack: expected a module in eval mode, got one in training mode"
             )
-        packed = PackedWeight(input, self.weight, self.groups)  # type: ignore[arg-type]
+        packed = PackedWeight(input, self.weight, self.stride, self.groups)  # type: ignore[arg-type]
         self._packed = None if packed.empty else packed
         return self
 

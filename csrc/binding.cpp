@@ -153,7 +153,7 @@ Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& i
   int64_t bytes = 0;
   GemmProblem g;
   if (p.c_in != 0) {
-    g = lower_fprop(p);
+    g = backend.roles_for_packed_weight(lower_fprop(p));
     bytes = backend.packed_weight_bytes(g);
   }
   const int64_t size = bytes == 0 ? 0 : bytes + static_cast<int64_t>(sizeof(PackedWeightTag));
@@ -173,7 +173,11 @@ Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, 
   p.bias = bias_view(args, bias);
   if (residual) p.residual = activation_view(residual, args.residual, args.batched());
   GemmProblem g = lower_fprop(p);
-  if (packed) g.packed_weight = panels_for(backend, g, *packed);
+  if (packed) {
+    GemmProblem q = backend.roles_for_packed_weight(g);
+    q.packed_weight = panels_for(backend, q, *packed);
+    if (q.packed_weight) g = q;
+  }
   backend.gemm(g);
   return out;
 }

@@ -11,7 +11,7 @@ np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx")
-TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last; and what B is where it is not the operand
+TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last; and what B is where it is another type
     ("scalar", "float32"): ["4x8"],
     ("scalar", "float64"): ["4x4"],
     ("avx2", "float32"): ["6x16"],
@@ -155,7 +155,8 @@ def test_epilogue(table, kernel, rng, rows, parts):
 
 @pytest.mark.parametrize("lower,upper", [(0.0, math.inf), (0.0, 6.0), (-math.inf, math.inf), (-1.0, 0.5)])
 def test_clamps(table, kernel, rng, lower, upper):
-    for m, n in ((1, 1), (kernel["mr"], kernel["nr"]), (2, kernel["nr"] - 3), (kernel["mr"], min(kernel["vector"] + 1, kernel["nr"]))):
+    mr, nr = kernel["mr"], kernel["nr"]
+    for m, n in ((1, 1), (mr, nr), (2, nr - 3), (mr, min(kernel["vector"] + 1, nr))):
         tile = Tile(rng, kernel, True, m, n, 1)
         tile.a[:] = 1
         tile.b[:, :n] = rounded(np.linspace(-9, 9, n, dtype=kernel["dtype"]), kernel)
@@ -265,7 +266,8 @@ def test_nothing_behind_the_operands_is_touched(table, kernel, rng, rows):
     step = 2 * kernel["kr"] * kernel["ks"]
     sizes = {1, 2, kernel["mr"] // 2 - 1, kernel["mr"] // 2, kernel["mr"] // 2 + 1, kernel["mr"] - 1, kernel["mr"]}
     for m in sorted(sizes - {0}):
-        for n in sorted({1, kernel["vector"] - 1, kernel["vector"], min(kernel["vector"] + 1, kernel["nr"]), kernel["nr"]} - {0}):
+        vector, nr = kernel["vector"], kernel["nr"]
+        for n in sorted({1, vector - 1, vector, min(vector + 1, nr), nr} - {0}):
             guarded = Guarded()
             tile = Tile(rng, kernel, rows, m, n, step)
             exact, bound = tile.reference()

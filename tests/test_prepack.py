@@ -97,6 +97,39 @@ def test_contiguous_float32_needs_no_packing():
     assert_right(m, image(channels_last=False))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("groups,stride,size", [(1, 1, (5, 5)), (2, 1, (3, 3)), (1, 2, (9, 10)), (1, 1, (1, 1))])
+def test_a_few_contiguous_pixels(dtype, activation, groups, stride, size):
+    """They leave vectors half empty, which the packed weight fills: the same bits; other sizes are as before."""
+    m = Conv1x1(520 * groups, 530 * groups, activation=activation, dtype=dtype, groups=groups, stride=stride).eval()
+    x = torch.randn(1, m.in_channels, *size).to(dtype)
+    m.prepack(x)
+    assert m.prepacked
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for like in (x, x[:, :, :, 1:] if size[1] > 1 else x, torch.randn(3, *x.shape[1:]).to(dtype)):
+                assert_right(m, like)
+                with torch.no_grad():
+                    residual = torch.randn_like(m(like))
+                    given = {"stride": stride, "groups": groups, "activation": activation, "residual": residual}
+                    expected = conv1x1_ext.conv1x1(like, m.weight, m.bias, **given)
+                    assert torch.equal(m(like, residual), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_few_contiguous_pixels_meet_the_panels():
+    m, x = Conv1x1(130, 140, bias=False).eval(), torch.randn(1, 130, 3, 3)
+    m.prepack(x)
+    m._packed.panels[64:] = 0  # behind what tells their layout
+    with torch.no_grad():
+        assert not m(x).any()
+        assert m(torch.randn(1, 130, 8, 8)).any()
+
+
 def in_place(m):
     with torch.no_grad():
         m.weight.mul_(2)

@@ -53,6 +53,9 @@ class CpuBackend final : public Backend {
       hash = static_cast<int64_t>((static_cast<uint64_t>(hash) ^ static_cast<uint64_t>(*c)) * 1099511628211u);
     return hash;
   }
+  GemmProblem roles_for_packed_weight(const GemmProblem& g) const override {
+    return conv1x1::roles_for_packed_weight(g, kernels());
+  }
   int64_t packed_weight_bytes(const GemmProblem& g) const override {
     return conv1x1::packed_weight_bytes(g, kernels());
   }

@@ -94,6 +94,10 @@ struct Plan {
 // wgrad with the roles of dz and x exchanged (D^T = B^T A^T), where that packs faster; anything else as it is.
 GemmProblem with_best_roles(const GemmProblem& problem);
 
+// A forward in NCHW with A and B exchanged where pixels are too few to fill vectors and a packed weight could: D^T =
+// B^T W^T, stored transposed. Anything else as it is.
+GemmProblem roles_for_packed_weight(const GemmProblem& problem, const KernelSet& kernels);
+
 // Pure: the same problem, thread count and table always give the same plan.
 Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
 std::string describe(const GemmProblem& problem, const Plan& plan);
