@@ -130,6 +130,15 @@ def test_a_few_contiguous_pixels_meet_the_panels():
         assert m(torch.randn(1, 130, 8, 8)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_few_contiguous_pixels_of_very_many_channels(dtype):
+    """More of k than L2 holds comes in pieces, whose sums are carried from one to the next."""
+    m, x = Conv1x1(20_000, 140, activation="relu", dtype=dtype).eval(), torch.randn(1, 20_000, 3, 3, dtype=dtype)
+    m.prepack(x)
+    assert m.prepacked
+    assert_right(m, x)
+
+
 def in_place(m):
     with torch.no_grad():
         m.weight.mul_(2)
