@@ -19,16 +19,16 @@ from ._formulas import MASKED, avg_pool_backward_formula, backward_formula
 _ops = torch.ops.conv1x1_ext
 
 
-def _direct(op: Any) -> Any:
+def direct(op: Any) -> Any:
     """What OpOverload.__call__ forwards to, and does nothing else: a Python call less, 0.25 us. Dynamo needs the op."""
     return getattr(op, "_op", op)
 
 
-_fprop = _direct(_ops._fprop.default)
-_backward = _direct(_ops._backward.default)
-_avg_pool = _direct(_ops._avg_pool.default)
-_avg_pool_masked = _direct(_ops._avg_pool_masked.default)
-_avg_pool_backward = _direct(_ops._avg_pool_backward.default)
+_fprop = direct(_ops._fprop.default)
+_backward = direct(_ops._backward.default)
+_avg_pool = direct(_ops._avg_pool.default)
+_avg_pool_masked = direct(_ops._avg_pool_masked.default)
+_avg_pool_backward = direct(_ops._avg_pool_backward.default)
 
 # Asked at every call, so looked up once.
 compiling = torch.compiler.is_compiling
@@ -214,7 +214,7 @@ def fast_conv1x1(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
 ) -> Tensor | None:
     """The convolution, with a plain weight, where nothing else stands between us and the kernels; else None."""
-    if not _unobstructed(input, bias, residual):
+    if not unobstructed(input, bias, residual):
         return None
     return plain_conv1x1(input, weight, bias, residual, config)
 
@@ -246,7 +246,7 @@ def plain_conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None, residual: 
 
 def fast_avg_pool(input: Tensor, weight: Tensor, bias: Tensor | None, config: int) -> Tensor | None:
     """conv1x1_avg_pool, with a plain weight, where nothing else stands between us and the kernels; else None."""
-    if not _unobstructed(input, bias, None):
+    if not unobstructed(input, bias, None):
         return None
     if input.is_cuda:
         config |= allow_tf32(input) * TF32
@@ -258,7 +258,7 @@ def fast_avg_pool(input: Tensor, weight: Tensor, bias: Tensor | None, config: in
     return output
 
 
-def _unobstructed(input: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+def unobstructed(input: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     return (
         type(input) in PLAIN
         and (bias is None or type(bias) in PLAIN)

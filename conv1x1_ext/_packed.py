@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _eager
 
 _pack = torch.ops.conv1x1_ext._pack_weight.default
-_fprop = torch.ops.conv1x1_ext._fprop_packed.default
+_fprop = _eager.direct(torch.ops.conv1x1_ext._fprop_packed.default)
 
 
 class PackedWeight:
@@ -39,7 +39,6 @@ class PackedWeight:
         with torch.no_grad():
             self.panels: Tensor = _pack(input, weight, config)
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
-        self._spatial = spatial
         self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
 
     @property
@@ -61,26 +60,10 @@ class PackedWeight:
         return same
 
     def conv1x1(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: int | tuple[int, ...],
-        groups: int,
-        activation: str | None,
-        residual: Tensor | None,
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
     ) -> Tensor | None:
         """:func:`conv1x1` by the panels, or None where a gradient or a transform needs more than a plain call."""
-        if (
-            type(input) not in _eager.PLAIN
-            or (residual is not None and type(residual) not in _eager.PLAIN)
-            or torch._C._is_any_autocast_enabled()
-            or _eager.transformed()
-            or (torch.is_grad_enabled() and _eager.needs_grad(input, weight, bias, residual))
-        ):
-            return None
-        config = _eager.make_config(activation, stride, groups, self._spatial)  # type: ignore[arg-type]
-        if not config:
+        if not _eager.unobstructed(input, bias, residual) or _eager.needs_grad(input, weight, bias, residual):
             return None
         output: Tensor = _fprop(input, weight, self.panels, bias, residual, config)
         return output

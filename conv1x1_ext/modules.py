@@ -101,16 +101,6 @@ class _Conv1x1Mixin(nn.Module):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrized, pruned, ...
             weight, bias = self.weight, self.bias
-        if self._packed is not None:
-            if self._packed.is_of(weight):
-                arguments: Any = (bias, self.stride, self.groups, self.activation, residual)
-                output = self._packed.conv1x1(input, weight, *arguments)
-                if output is not None:
-                    return output
-            else:
-                self._packed = None
-        if type(weight) is not nn.Parameter:
-            return None
         stride, groups, activation, dims, config = self._configured
         if (
             stride is not self.stride
@@ -120,7 +110,17 @@ class _Conv1x1Mixin(nn.Module):
         ):
             config = config_of(self.activation, self.stride, self.groups, weight)
             self._configured = (self.stride, self.groups, self.activation, weight.dim(), config)
-        return fast_conv1x1(input, weight, bias, residual, config) if config else None
+        if not config:
+            return None
+        packed = self._packed
+        if packed is not None:
+            if packed.is_of(weight):
+                output = packed.conv1x1(input, weight, bias, residual, config)
+                if output is not None:
+                    return output
+            else:
+                self._packed = None
+        return fast_conv1x1(input, weight, bias, residual, config) if type(weight) is nn.Parameter else None
 
     def prepack(self, input: Tensor) -> Any:
         """Packs the weight once for the kernels that inputs like ``input`` run, in evaluation without gradients.
