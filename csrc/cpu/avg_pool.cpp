@@ -31,6 +31,7 @@ void* at(const Conv1x1Problem& p, void* base, int64_t offset) {
   return static_cast<char*>(base) + offset * dtype_size(p.dtype);
 }
 
+// Where it does not hold the gradient back.
 template <Activation activation, class T>
 T derivative(T z) {
   switch (activation) {
@@ -38,14 +39,14 @@ T derivative(T z) {
       const T s = T(1) / (T(1) + std::exp(-z));
       return s * (T(1) + z * (T(1) - s));
     }
-    case Activation::kHardswish: return z <= T(-3) ? T(0) : (z < T(3) ? z / T(3) + T(0.5) : T(1));
+    case Activation::kHardswish: return z < T(3) ? z / T(3) + T(0.5) : T(1);
     case Activation::kGELU: {
       const T cdf = T(0.5) * (T(1) + std::erf(z * T(0.70710678118654752440)));
       return cdf + z * T(0.39894228040143267794) * std::exp(T(-0.5) * z * z);
     }
     case Activation::kNone:
     case Activation::kReLU:
-    case Activation::kReLU6: break;  // gradients pass or do not: differentiate_row
+    case Activation::kReLU6: break;
   }
   return T(1);
 }
@@ -57,8 +58,9 @@ T passed(T z, T grad) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   Bits bits;
   std::memcpy(&bits, &grad, sizeof bits);
+  constexpr T lower = activation == Activation::kHardswish ? T(-3) : T(0);
   const int passes =
-      static_cast<int>(!(z <= T(0))) & static_cast<int>(activation != Activation::kReLU6 || !(z >= T(6)));
+      static_cast<int>(!(z <= lower)) & static_cast<int>(activation != Activation::kReLU6 || !(z >= T(6)));
   bits &= Bits(0) - static_cast<Bits>(passes);
   std::memcpy(&grad, &bits, sizeof bits);
   return grad;
@@ -72,10 +74,13 @@ using DifferentiateFn = void (*)(T* z, const T* grad, bool one_grad, int64_t n, 
 template <Activation activation, class T>
 void differentiate_row(T* z, const T* grad, bool one_grad, int64_t n, T scale) {
   const auto times = [scale](T at, T g) {
-    if constexpr (activation == Activation::kReLU || activation == Activation::kReLU6)
-      return passed<activation>(at, g * scale);
+    const T grad = derivative<activation>(at) * g * scale;
+    constexpr bool holds_back =
+        activation == Activation::kReLU || activation == Activation::kReLU6 || activation == Activation::kHardswish;
+    if constexpr (holds_back)
+      return passed<activation>(at, grad);
     else
-      return derivative<activation>(at) * g * scale;
+      return grad;
   };
   const T first = grad[0];
   if (one_grad)

@@ -39,24 +39,25 @@ __device__ __forceinline__ Acc activate(Acc x, Activation activation) {
   return x;
 }
 
-// d activation(x) / dx
+// gradient * d activation(x) / dx; where the activation holds the gradient back zero, whatever it is, as in torch.
 template <class Acc>
-__device__ __forceinline__ Acc activation_derivative(Acc x, Activation activation) {
+__device__ __forceinline__ Acc activation_gradient(Acc gradient, Acc x, Activation activation) {
   switch (activation) {
-    case Activation::kNone: return Acc(1);
-    case Activation::kReLU: return passes(x, Mask::kReLU) ? Acc(1) : Acc(0);
-    case Activation::kReLU6: return passes(x, Mask::kReLU6) ? Acc(1) : Acc(0);
+    case Activation::kNone: return gradient;
+    case Activation::kReLU: return passes(x, Mask::kReLU) ? gradient : Acc(0);
+    case Activation::kReLU6: return passes(x, Mask::kReLU6) ? gradient : Acc(0);
     case Activation::kSiLU: {
       const Acc s = Acc(1) / (Acc(1) + exponential(-x));
-      return s * (Acc(1) + x * (Acc(1) - s));
+      return gradient * (s * (Acc(1) + x * (Acc(1) - s)));
     }
-    case Activation::kHardswish: return x <= Acc(-3) ? Acc(0) : x >= Acc(3) ? Acc(1) : x / Acc(3) + Acc(0.5);
+    case Activation::kHardswish:
+      return x <= Acc(-3) ? Acc(0) : x >= Acc(3) ? gradient : gradient * (x / Acc(3) + Acc(0.5));
     case Activation::kGELU: {
       const Acc density = Acc(0.39894228040143267794) * exponential(Acc(-0.5) * x * x);
-      return Acc(0.5) * (Acc(1) + error_function(x * Acc(0.70710678118654752440))) + x * density;
+      return gradient * (Acc(0.5) * (Acc(1) + error_function(x * Acc(0.70710678118654752440))) + x * density);
     }
   }
-  return Acc(1);
+  return gradient;
 }
 
 // kChunk neighbours along n, finished and stored. Chunks of more than one know only activations that are a range: the

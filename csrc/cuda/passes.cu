@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= images * channels * pixels) return;
   const int64_t image = i / (channels * pixels), channel = channels_last ? i % channels : i / pixels % channels;
   const Acc gradient = widen(dy[image * dy_image + channel * dy_channel]) / static_cast<Acc>(pixels);
-  z[i] = narrow<T>(static_cast<Acc>(gradient * activation_derivative<Acc>(widen(z[i]), activation)));
+  z[i] = narrow<T>(activation_gradient<Acc>(gradient, widen(z[i]), activation));
 }
 
 template <class T>
