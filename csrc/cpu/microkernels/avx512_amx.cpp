@@ -25,6 +25,7 @@ namespace {
 // clang-format off: the includes build on each other
 #include "convert.inc"
 #include "avx512_float32.inc"
+#include "bfloat16_line.inc"
 #include "packing.inc"
 #include "pairs.inc"
 #include "activations.inc"
@@ -33,7 +34,7 @@ namespace {
 
 struct AmxBFloat16 : Avx512Float32 {
   // As AVX512-BF16 does: denormal results are zero here as well.
-  static __m256i half_of(Reg x, bool) { return (__m256i)_mm512_cvtneps_pbh(x); }
+  static __m256i half_of(Reg x, bool) { return nearest_bfloat16(x); }
 };
 
 }  // namespace

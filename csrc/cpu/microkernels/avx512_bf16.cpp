@@ -22,6 +22,7 @@ namespace {
 // clang-format off: the includes build on each other
 #include "convert.inc"
 #include "avx512_float32.inc"
+#include "bfloat16_line.inc"
 #include "packing.inc"
 #include "pairs.inc"
 #include "activations.inc"
@@ -36,7 +37,7 @@ struct Avx512BFloat16 : Avx512Float32 {
   static Op load_op(const P* p) { return _mm512_loadu_si512(p); }
   static Op load_op(const P* p, Mask m) { return _mm512_maskz_loadu_epi32(m, p); }
   static Reg multiply_add(Op a, Op b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
-  static __m256i half_of(Reg x, bool) { return (__m256i)_mm512_cvtneps_pbh(x); }
+  static __m256i half_of(Reg x, bool) { return nearest_bfloat16(x); }
 };
 
 #include "tile.inc"
