@@ -216,6 +216,18 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 
+// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
+// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
+Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
+  const int64_t count = n.count();
+  if (p.b_is_weight || p.pool || n.segments != 1 || count % parts == 0) return n;
+  Tiling finer = n;
+  finer.per_segment = round_up(count, parts);
+  const bool better =
+      finer.per_segment <= finer.vectors && finer.most(finer.per_segment / parts) < n.most(ceil_div(count, parts));
+  return better ? finer : n;
+}
+
 // The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
 // two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
@@ -250,8 +262,9 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
       for (int m = 1; m <= most_m; ++m) {
         const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
         const int64_t tm = ceil_div(units_m, m) * (images_m ? plan.m.per_segment : 1);
-        const int64_t tn = ceil_div(units_n, n) * (images_n ? plan.n.per_segment : 1);
-        const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(plan.n.most(tn), 1);
+        const Tiling cut = evened(p, plan.n, n);
+        const int64_t tn = images_n ? ceil_div(units_n, n) * plan.n.per_segment : ceil_div(cut.count(), n);
+        const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(cut.most(tn), 1);
         const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
                             (static_cast<double>(rows * vectors) * multiply +
                              bring(plan.a, cost_a, p.m, rows, n,
@@ -268,17 +281,6 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
     }
   }
   plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
-}
-
-// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
-// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
-void even_tiles(const GemmProblem& p, Plan& plan) {
-  const int64_t parts = plan.part_n, count = plan.n.count();
-  if (p.b_is_weight || p.pool || plan.n.segments != 1 || count % parts == 0) return;
-  Tiling finer = plan.n;
-  finer.per_segment = round_up(count, parts);
-  if (finer.per_segment <= finer.vectors && finer.most(finer.per_segment / parts) < plan.n.most(ceil_div(count, parts)))
-    plan.n = finer;
 }
 
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
@@ -420,7 +422,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
-  even_tiles(p, plan);
+  plan.n = evened(p, plan.n, plan.part_n);
   pack_where_used(plan, p.k, element);
   fit_blocks_to_shares(p, plan);
   size_workspace(p, plan, element);
