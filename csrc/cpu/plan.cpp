@@ -28,7 +28,9 @@ constexpr int64_t kMaxSlices = 64;
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
-constexpr double kWorkPerThread = 150e3;      // multiply-adds that pay for entering a parallel region (about 1 us)
+// Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
+constexpr int64_t kCachedBytes = 16 << 20;
+constexpr double kWorkPerThread = 150e3;  // multiply-adds that pay for entering a parallel region (about 1 us)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -212,6 +214,10 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.a == Operand::kPackBlock)
     plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 8) / (mr * steps * element), 1, tiles_m);
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
+  // A pitched tile would fetch a line of A in every step, in which its loads take the ports' every turn: worth it from
+  // memory, not from L3.
+  const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
+  plan.fetches_rows = !plan.kernel->pitched || touched > kCachedBytes;
   if (plan.kernel->ks == 1) plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }

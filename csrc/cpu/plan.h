@@ -70,6 +70,7 @@ struct Plan {
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the panels of the operand that is packed once
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it

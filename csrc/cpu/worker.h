@@ -170,7 +170,7 @@ class Worker : private Panels<T> {
                   int64_t end) {
     ahead_.clear();
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
-    if (a_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, true);
+    if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, true);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
     if (k0 + nk < end) {
       const int64_t then = k0 + nk, size = end - then < plan_.k_step ? end - then : plan_.k_step;
