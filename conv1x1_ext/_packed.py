@@ -13,6 +13,9 @@ _pack = torch.ops.conv1x1_ext._pack_weight.default
 _fprop = _eager.direct(torch.ops.conv1x1_ext._fprop_packed.default)
 
 
+_SMALL = 1024  # elements that are packed sooner than it is found out whether they are stale
+
+
 class PackedWeight:
     """A weight as the kernels read it, made once, for calls that need no gradient.
 
@@ -38,12 +41,14 @@ class PackedWeight:
         config = _eager.make_config(None, stride, groups, spatial) or _eager.make_config(None, 1, groups, spatial)
         with torch.no_grad():
             self.panels: Tensor = _pack(input, weight, config)
+        if weight.numel() <= _SMALL:
+            self.panels = self.panels[:0]
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
         self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
 
     @property
     def empty(self) -> bool:
-        """Do the kernels read this weight as it lies?"""
+        """Do the kernels read this weight as it lies, or is it too small to be worth it?"""
         return self.panels.numel() == 0
 
     def is_of(self, weight: Tensor) -> bool:

@@ -125,10 +125,10 @@ class _Conv1x1Mixin(nn.Module):
     def prepack(self, input: Tensor) -> Any:
         """Packs the weight once for the kernels that inputs like ``input`` run, in evaluation without gradients.
 
-        Worth it where the weight is large and the image small: otherwise every call packs it anew. Does nothing where
-        the kernels read the weight as it lies (CUDA; contiguous float32, but for an ``input`` of so few pixels, 7x7 of
-        one image, that they leave vectors a fifth empty). Calls with another layout, of another such size, or that
-        need a gradient, work as before.
+        Worth it where the weight is large and the image small: otherwise every call packs it anew. Does nothing for a
+        weight of at most 1024 elements, and where the kernels read the weight as it lies: CUDA; contiguous float32, but
+        for an ``input`` of so few pixels, 7x7 of one image, that they leave vectors a fifth empty. Calls with another
+        layout, of another such size, or that need a gradient, work as before.
 
         The packed weight is dropped by ``train()``, ``.to()`` and its like, ``load_state_dict``, an optimizer's step
         and every other write that torch counts. Writes through ``weight.data`` or NumPy torch does not count: call
