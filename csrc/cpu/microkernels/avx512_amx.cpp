@@ -44,7 +44,7 @@ Microkernel make_avx512_amx_bfloat16() {
   kernel.name = "bfloat16_32x32_avx512_amx";
   kernel.isa = "avx512_amx";
   kernel.dtype = DType::kFloat32;
-  kernel.operand = DType::kBFloat16;
+  kernel.operand = kernel.b_in_place = DType::kBFloat16;
   kernel.kr = 2;
   kernel.mr = kTiledMr;
   kernel.nr = kTiledNr;
