@@ -89,9 +89,10 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   return best;
 }
 
-// The shape of a tile: the one that cuts D into fewer, each of which costs its loads of C and its stores besides the
-// multiply-adds. Where A's panels have lines of MR, the taller one: lines of 6 are slow to pack. A weight that is B is
-// packed for one shape whatever the activations are, so nothing but n may decide then.
+// The shape of a tile: where one vector holds all columns, the narrow one. Else the one that cuts D into fewer, each of
+// which costs its loads of C and its stores besides the multiply-adds. Where A's panels have lines of MR, the taller
+// one: lines of 6 are slow to pack. A weight that is B is packed for one shape whatever the activations are, so nothing
+// but n may decide then; panels of one vector are the same in every shape.
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
   if (p.split_k || plan.n.segments == 0 || (plan.prepacked && p.a_is_weight && plan.a_access == AccessA::kCols)) return;

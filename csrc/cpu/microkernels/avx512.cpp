@@ -46,8 +46,7 @@ struct Avx512Float64 {
 
 #include "tile.inc"
 
-// A in panels of float32, B in place in float16, converted as it is loaded: no panel of B is written and read again,
-// where few tiles of m would share it.
+// A in panels of float32, B in place in float16, converted as it is loaded: no panel of B is written and read again.
 struct Avx512Float16B : Plain<Avx512Float32> {
   using PB = uint16_t;
   static Op load_op(const PB* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
