@@ -133,7 +133,7 @@ def _ours_prepacked(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
 def _prepacked_unavailable(layout: str) -> Callable[[Case], str | None]:
     def reason(case: Case) -> str | None:
         packs = _prepacked_layer(case, layout).prepacked
-        return None if packs else "nothing to pack: the kernels read this weight as it lies"
+        return None if packs else "prepack packs nothing: the kernels read this weight as it lies, or it is too small"
 
     return reason
 
