@@ -1,6 +1,6 @@
 // What the next block will read from memory, fetched into L2 while this one is computed: a few lines in every step of
-// every tile (TileArgs::fetch), because many at once would hold up the loads of the tile itself. Hardware prefetchers
-// do not see these reads coming: they are short pieces of many rows.
+// every tile (TileArgs::fetch), spread over all of its steps, because many at once would hold up the loads of the tile
+// itself. Hardware prefetchers do not see these reads coming: they are short pieces of many rows.
 #pragma once
 
 #include "microkernel.h"
@@ -45,6 +45,8 @@ class FetchAhead {
         args.fetch_pitch = piece.pitch * together;
         args.fetch_width = piece.width * together;
         args.fetch_rows = fetches;
+        args.fetch_every = 1;
+        while (args.fetch_every < kMostApart && fetches * 2 * args.fetch_every <= steps) args.fetch_every *= 2;
         args.fetch_near = piece.near;
         piece.row += fetches * together;
         left_ -= fetches * together;
@@ -61,7 +63,7 @@ class FetchAhead {
     bool near;
   };
   static constexpr int64_t kLine = 64, kStrip = 4 * kLine;
-  static constexpr int kMost = 64;
+  static constexpr int kMost = 64, kMostApart = 16;
 
   void add(const void* data, int64_t offset, int64_t element, int64_t nr, int64_t rs, int64_t nk, int64_t ks,
            bool near) {

@@ -77,10 +77,10 @@ struct TileArgs {
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Epilogue* epilogue = nullptr;
-  // In step s < fetch_rows of all steps of the strip, the lines of fetch_width bytes at fetch + s * fetch_pitch are
-  // fetched into L2; or, where `fetch_near`, the one line there into L1.
+  // In every so many steps of each tile, until fetch_rows are, the next row's lines, fetch_width bytes of them, are
+  // fetched into L2; or, where `fetch_near`, its one line into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
-  int64_t fetch_rows = 0, fetch_pitch = 0, fetch_width = 0;
+  int64_t fetch_rows = 0, fetch_every = 1, fetch_pitch = 0, fetch_width = 0;
   bool fetch_near = false;
 };
 

@@ -102,11 +102,15 @@ class Panels {
     return true;
   }
 
-  void pack_block_a(const Range& is, int64_t k0, int64_t nk) {
-    if (plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
-        pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); }))
-      return;
-    for (int64_t i = is.begin; i < is.end; ++i) pack_a(group_, i, k0, nk);
+  // With the sums of its rows, taken while a tile's panel is in L1.
+  void pack_block_a(const Range& is, int64_t k0, int64_t nk, bool sums) {
+    const bool packed =
+        plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
+        pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); });
+    for (int64_t i = is.begin; i < is.end; ++i) {
+      if (!packed) pack_a(group_, i, k0, nk);
+      if (sums) add_row_sums(i, nk);
+    }
   }
 
   void pack_block_b(const Range& js, int64_t k0, int64_t nk) {
@@ -115,13 +119,11 @@ class Panels {
     for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, j, k0, nk);
   }
 
-  // Adds the sums of the packed tiles' rows to this slice's row sums.
-  void add_row_sums(const Range& is, int64_t nk) {
+  // Adds the sums of a packed tile's rows to this slice's row sums.
+  void add_row_sums(int64_t i, int64_t nk) {
     double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;
-    for (int64_t i = is.begin; i < is.end; ++i) {
-      const Tiling::Tile t = plan_.m[i];
-      kernel_.sum_rows(sums + t.start, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
-    }
+    const Tiling::Tile t = plan_.m[i];
+    kernel_.sum_rows(sums + t.start, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
   }
 
   void add_column_sums(const Range& js, int64_t nk) {

@@ -25,6 +25,7 @@ constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
+constexpr int64_t kWideWgrad = 256;        // wgrad: columns from which a wide tile pays, where A's panels are rows
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
@@ -95,7 +96,10 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
 // but n may decide then; panels of one vector are the same in every shape.
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
-  if (p.split_k || plan.n.segments == 0 || (plan.prepacked && p.a_is_weight && plan.a_access == AccessA::kCols)) return;
+  const bool wgrad_is_wide = kernel.kr == 1 && plan.a_access == AccessA::kRows && p.n >= kWideWgrad;
+  if ((p.split_k && !wgrad_is_wide) || plan.n.segments == 0 ||
+      (plan.prepacked && p.a_is_weight && plan.a_access == AccessA::kCols))
+    return;
   const auto take = [&](const Microkernel& shape, const char* why) {
     plan.kernel = &shape;
     plan.shape = why;
@@ -136,8 +140,8 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool unit_k = p.a.col.inner_stride() == 1;
   plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
   const bool a_rows = unit_k && p.a.col.linear() && p.k % kernel.kr == 0;
-  const bool a_cols = !p.split_k && !unit_k && kernel.kr == 1 && p.a.col.linear() && p.a.row.linear() &&
-                      p.a.row.inner_stride() == 1 && !a_conflicts(p, element, plan.n.count());
+  const bool a_cols = (!p.split_k || p.exchanged) && !unit_k && kernel.kr == 1 && p.a.col.linear() &&
+                      p.a.row.linear() && p.a.row.inner_stride() == 1 && !a_conflicts(p, element, plan.n.count());
   // Sums of A's rows are taken from packed panels.
   const bool sums_rows = p.row_sums.data && !p.exchanged;
   if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !sums_rows && (a_rows || a_cols))

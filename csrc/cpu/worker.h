@@ -104,7 +104,7 @@ class Worker : private Panels<T> {
 
  private:
   using Base = Panels<T>;
-  using Base::add_row_sums, Base::add_column_sums;
+  using Base::add_column_sums;
   using Base::element, Base::packed_a, Base::packed_b, Base::ld_packed_a, Base::pack_block_a, Base::pack_block_b;
   using Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_, Base::first_b_;
 
@@ -137,8 +137,8 @@ class Worker : private Panels<T> {
         int64_t k0 = begin;
         do {  // once for k = 0: the epilogue of an empty sum
           const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
-          if (plan_.a == Operand::kPackBlock) pack_block_a(is, k0, nk);
-          if (sums_here_ && !p_.exchanged && jo == n.begin) add_row_sums(is, nk);
+          const bool sums_rows = sums_here_ && !p_.exchanged && jo == n.begin;
+          if (plan_.a == Operand::kPackBlock) pack_block_a(is, k0, nk, sums_rows);
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
             first_b_ = js.begin;
