@@ -224,6 +224,62 @@ def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
                 assert (out == out.dtype.type(CANARY)).all(), "written outside the strip"
 
 
+def split_columns(kernel, n, first):
+    """n columns as two runs, the second 7 elements past the first: (lanes, at, then) of each vector, and the columns."""
+    columns = np.arange(n) + 7 * (np.arange(n) >= first)
+    vector = kernel["vector"]
+    splits = []
+    for j in range(0, n, vector):
+        lanes = min(max(first - j, 0), vector) or vector
+        splits.append((lanes, int(columns[j]), j + 7 if lanes < vector else int(columns[j])))
+    return splits, columns
+
+
+@pytest.mark.parametrize("k", [5, 150])
+def test_columns_in_two_runs(table, kernel, rng, k):
+    """Tiles that span images in NCHW: the bits of the tile in one run, residual included, nothing touched between."""
+    if not kernel["splits"]:
+        pytest.skip("such tiles are stored by way of L1")
+    limits = {"lower": -1.0, "upper": math.inf}
+    for n in range(1, kernel["nr"] + 1):
+        tile = Tile(rng, kernel, bool(n % 2), 2 * (1 + n % (kernel["mr"] // 2)), n, k)
+        whole = random(rng, (tile.m, n + 9), kernel)
+        bias = random(rng, (tile.m,), kernel)
+        a, b = tile.operands()
+        expected = tile.run(table, residual=whole, bias_m=bias, with_epilogue=True, **limits).copy()
+        for first in sorted({1, n // 2, n - 1} - {0, n}):
+            splits, columns = split_columns(kernel, n, first)
+            residual = np.full((tile.m, n + 9), np.nan, kernel["dtype"])
+            residual[:, columns] = whole[:, :n]
+            out = np.full((tile.m + 1, n + 9), CANARY, kernel["dtype"])
+            given = {"residual": residual, "bias_m": bias, "splits": splits, "with_epilogue": True, **limits}
+            if tile.rows:  # as a strip of two, too
+                table.run(kernel["name"], True, a, b, out, n, tiles=2, **given)
+            else:
+                table.run(kernel["name"], False, a, b, out, n, **given)
+            assert (out[: tile.m, columns] == expected).all(), (n, first)
+            out[: tile.m, columns] = CANARY
+            assert (out == out.dtype.type(CANARY)).all(), "written between the runs"
+
+
+def test_bfloat16_in_two_runs(table, kernel, rng):
+    if kernel["kr"] != 2 or not kernel["splits"]:
+        pytest.skip("stores what it accumulates, or by way of L1")
+    for n in range(2, kernel["nr"] + 1):
+        tile = Tile(rng, kernel, True, 2, n, 6)
+        a, b = tile.operands()
+        whole = bfloat16_bits(random(rng, (2, n + 9), kernel))
+        expected, out = (np.full((3, n + 9), 0x1234, np.uint16) for _ in range(2))
+        splits, columns = split_columns(kernel, n, 1 + n // 3)
+        residual = np.full_like(whole, 0x7FC0)
+        residual[:, columns] = whole[:, :n]
+        table.store_half(kernel["name"], a, b, expected, whole, n)
+        table.store_half(kernel["name"], a, b, out, residual, n, splits=splits)
+        assert (out[:2, columns] == expected[:2, :n]).all(), n
+        out[:2, columns] = 0x1234
+        assert (out == 0x1234).all(), "written between the runs"
+
+
 def test_bfloat16_is_stored_from_the_accumulators(table, kernel, rng):
     """Rounded to nearest even, residual added before; every tail, nothing touched outside, NaN and infinity kept."""
     if kernel["kr"] != 2:

@@ -58,6 +58,12 @@ struct Epilogue {
   bool stream = false;  // past the caches, for a C whose rows are whole aligned lines of 64 bytes; the driver fences
 };
 
+// Where a vector of columns lies in C and in the residual: its first `lanes` from element `at` of a row on, lane l of
+// those after at `then` + l. Tiles that span images in NCHW.
+struct Split {
+  int64_t lanes, at, then;
+};
+
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // KS = 1: a strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
@@ -76,6 +82,7 @@ struct TileArgs {
   void* partial = nullptr;  // MR * NR elements; may be c_in. Not read before it is written, unused where k <= chain
   void* c_out = nullptr;
   int64_t ld_out = 0;
+  const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other
   const Epilogue* epilogue = nullptr;
   // In every so many steps of each tile, until fetch_rows are, the next row's lines, fetch_width bytes of them, are
   // fetched into L2; or, where `fetch_near`, its one line into L1. fetch_every: a power of two.
@@ -143,6 +150,7 @@ struct Microkernel {
   TakeBitsFn take_bits;
   ActivateFn activate;
   bool pitched;  // rows of A by their first one and a_pitch
+  bool splits;   // stores columns by TileArgs::splits
   // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
   // rows, pitched, not for wgrad, whose panels' sums it does not know.
   const Microkernel *wide, *narrow;

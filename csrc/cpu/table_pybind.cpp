@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <cstdlib>
 #include <limits>
@@ -45,6 +46,7 @@ std::vector<py::dict> list() {
     d["mr"] = k.mr;
     d["nr"] = k.nr;
     d["vector"] = k.vector;
+    d["splits"] = k.splits;
     kernels.push_back(d);
   }
   return kernels;
@@ -102,6 +104,19 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   return call;
 }
 
+using Splits = std::vector<std::array<int64_t, 3>>;  // lanes, at, then of each vector of columns
+
+// The caller sees to it that they, as residual and out, lie within the arrays.
+template <class T>
+std::vector<conv1x1::Split> split(const Microkernel& kernel, const Splits& splits, Call<T>& call) {
+  if (!splits.empty() && (!kernel.splits || static_cast<int64_t>(splits.size()) * kernel.vector < call.args.n))
+    throw std::invalid_argument("the microkernel has no splits, or more vectors");
+  std::vector<conv1x1::Split> all;
+  for (const auto& s : splits) all.push_back({s[0], s[1], s[2]});
+  call.args.splits = all.empty() ? nullptr : all.data();
+  return all;
+}
+
 // Whatever must stand around a thread's calls of a microkernel.
 class Entered {
  public:
@@ -119,9 +134,10 @@ class Entered {
 template <class T, class P, class PB>
 void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
-         int64_t tiles) {
+         int64_t tiles, const Splits& splits) {
   const Microkernel& kernel = find(name);
   Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles);
+  const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   const auto pointer = [](const py::object& o) -> const T* {
@@ -172,11 +188,12 @@ void activate(const std::string& name, Array<T> tile, int activation) {
 
 // As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
 void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
-                Array<uint16_t> residual, int64_t n, int64_t tiles) {
+                Array<uint16_t> residual, int64_t n, int64_t tiles, const Splits& splits) {
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
   Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, true, a, b, shape, n, tiles);
+  const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   call.args.c_out = out.mutable_data();
@@ -242,7 +259,7 @@ void define_runs(py::module_& m) {
   m.def("run", &run<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
-        py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1);
+        py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1, py::arg("splits") = Splits());
   m.def("time", &time_tile<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(),
         py::arg("b").noconvert(), py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }
@@ -266,5 +283,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_packed<double>(m);
   define_packed<uint16_t>(m);
   m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"), py::arg("tiles") = 1);
+        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"), py::arg("tiles") = 1,
+        py::arg("splits") = Splits());
 }

@@ -36,6 +36,8 @@ class Worker : private Panels<T> {
     whole_out_ = p_.out_dtype == kernel_.dtype;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
     streams_ = plan.streams && !transcendental_;
+    aux_alike_ = true;
+    for (int d = 0; d < p_.d.col.nd; ++d) aux_alike_ = aux_alike_ && p_.d.col.aux_stride[d] == p_.d.col.stride[d];
     if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
@@ -185,8 +187,29 @@ class Worker : private Panels<T> {
     Tiling::Tile tile;
     const void* b;
     int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
-    bool out_unit, aux_unit;  // and whether one unit stride walks them
+    bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
+    bool split;
+    Split splits[kMaxNv];
   };
+
+  // Columns in several runs of D: where each vector's lie from the first one on. False where one would need three runs.
+  bool split_columns(Column& c) const {
+    const int width = kernel_.vector;
+    const Axis& axis = p_.d.col;
+    if (!kernel_.splits || transcendental_ || axis.inner_stride() != 1) return false;
+    for (int64_t j = 0; j < c.tile.size; j += width) {
+      const int64_t left = c.tile.size - j < width ? c.tile.size - j : width;
+      const Run run = run_at(axis, c.tile.start + j, left);
+      Split& s = c.splits[j / width];
+      s = {width, run.offset - c.out, run.offset - c.out};
+      if (run.length == left) continue;
+      const Run rest = run_at(axis, c.tile.start + j + run.length, left - run.length);
+      if (run.length + rest.length < left) return false;
+      s.lanes = run.length;
+      s.then = rest.offset - c.out - run.length;
+    }
+    return true;
+  }
 
   void prepare_columns(const Range& js, int64_t k0) {
     const Matrix &b = p_.b, &d = p_.d;
@@ -205,8 +228,10 @@ class Worker : private Panels<T> {
       const Run run = run_at(d.col, c.tile.start, c.tile.size);
       c.out = run.offset;
       c.aux = run.aux_offset;
-      c.out_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.stride == 1;
-      c.aux_unit = (whole_out_ || half_out_) && run.length == c.tile.size && run.aux_stride == 1;
+      const bool stored = whole_out_ || half_out_, one_run = run.length == c.tile.size;
+      c.split = stored && !one_run && split_columns(c);
+      c.out_unit = c.split || (stored && one_run && run.stride == 1);
+      c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
       all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
     }
   }
@@ -310,6 +335,15 @@ class Worker : private Panels<T> {
     }
   }
 
+  void prefetch_split(const void* out, int64_t ld, int64_t rows, const Split& s) const {
+    const int64_t size = dtype_size(p_.out_dtype), last = s.then + kernel_.vector - 1;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* row = static_cast<const char*>(out) + i * ld * size;
+      __builtin_prefetch(row + s.at * size, 1);
+      __builtin_prefetch(row + last * size, 1);
+    }
+  }
+
   void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
     kernel_.gather[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride), nullptr,
                                  aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
@@ -339,7 +373,8 @@ class Worker : private Panels<T> {
     int64_t ld = kernel_.nr;
     const bool one_run = row.length == ti.size * args.tiles, aux_in_place = d.aux && one_run && c.aux_unit;
     // What is stored as half is added to a residual as half.
-    const bool direct = !p_.pool && one_run && c.out_unit && (whole_out_ || !d.aux || aux_in_place);
+    const bool direct = !p_.pool && one_run && c.out_unit && ((whole_out_ && !c.split) || !d.aux || aux_in_place);
+    args.splits = direct && c.split ? c.splits : nullptr;
     if (direct) {
       out = out_element(d.data, group_ * d.group_stride + row.offset + c.out);
       ld = row.stride;
@@ -347,13 +382,15 @@ class Worker : private Panels<T> {
       const int64_t size = dtype_size(p_.out_dtype);
       const bool whole_lines = ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(ld * size)) & 63) == 0 &&
                                tj.size * size % 64 == 0;
-      if (streams_ && whole_lines)
+      if (c.split)
+        for (int64_t j = 0; j < tj.padded_size / kernel_.vector; ++j) prefetch_split(out, ld, ti.size, c.splits[j]);
+      else if (streams_ && whole_lines)
         e.stream = true;
       else
         prefetch_out(out, ld, ti.size, tj.size);
       args.fetch_out = !e.stream;
     }
-    if (aux_in_place && (whole_out_ || direct)) {
+    if (aux_in_place && ((whole_out_ && !c.split) || direct)) {
       e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
       e.ld_residual = row.aux_stride;
     } else if (d.aux) {
@@ -399,7 +436,7 @@ class Worker : private Panels<T> {
   int out_storage_;
   Store half_store_ = Store::kAsIs;
   double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
-  bool all_unit_ = false, carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
+  bool all_unit_ = false, aux_alike_, carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
 };
 
 }  // namespace conv1x1

@@ -38,6 +38,8 @@ struct Avx512Float64 {
   static void stream(T* p, Reg x) { _mm512_stream_pd(p, x); }
   static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_pd(p, m, x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static constexpr bool kSplits = true;
+  static Reg add(Reg a, Reg b, Mask m) { return _mm512_mask_add_pd(a, m, a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm512_max_pd(limit, x); }
   static Reg min(Reg limit, Reg x) { return _mm512_min_pd(limit, x); }

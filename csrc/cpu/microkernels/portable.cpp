@@ -40,7 +40,7 @@ struct PortableVector {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg limit, Reg x) { return x < limit ? limit : x; }
   static Reg min(Reg limit, Reg x) { return x > limit ? limit : x; }
-  static constexpr bool kStoresHalf = false;
+  static constexpr bool kStoresHalf = false, kSplits = false;
 };
 
 #include "tile.inc"
