@@ -225,7 +225,7 @@ def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
 
 
 def split_columns(kernel, n, first):
-    """n columns as two runs, the second 7 elements past the first: (lanes, at, then) of each vector, and the columns."""
+    """n columns in two runs, the second 7 elements past the first: (lanes, at, then) of each vector, the columns."""
     columns = np.arange(n) + 7 * (np.arange(n) >= first)
     vector = kernel["vector"]
     splits = []
