@@ -40,7 +40,7 @@
 
 namespace conv1x1 {
 
-constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64;
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 9 << 10;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -64,6 +64,12 @@ struct Split {
   int64_t lanes, at, then;
 };
 
+// Rows of lines to fetch into L2, `pitch` bytes apart, `width` bytes each.
+struct Fetch {
+  const char* first = nullptr;
+  int64_t rows = 0, pitch = 0, width = 0;
+};
+
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // KS = 1: a strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
@@ -76,7 +82,6 @@ struct TileArgs {
   int64_t lda = 0;
   const void* b = nullptr;
   int64_t ldb = 0;
-  const void* b_next = nullptr;  // KS > 1: the panel of the call that comes next, to prefetch; may be null
   const void* c_in = nullptr;
   int64_t ld_in = 0;
   void* partial = nullptr;  // MR * NR elements; may be c_in. Not read before it is written, unused where k <= chain
@@ -84,6 +89,10 @@ struct TileArgs {
   int64_t ld_out = 0;
   const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other
   const Epilogue* epilogue = nullptr;
+  // KS > 1: the stores may wait in here for the next call, or for finish_pending, and `epilogue` must last as long;
+  // null: nothing waits.
+  void* pending = nullptr;
+  Fetch next_a, next_c;  // KS > 1: of what the next row of tiles will read and be stored to, this call's share
   // In every so many steps of each tile, until fetch_rows are, the next row's lines, fetch_width bytes of them, are
   // fetched into L2; or, where `fetch_near`, its one line into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
@@ -133,9 +142,8 @@ struct Microkernel {
   DType b_in_place;  // what B is instead where it is read in place, converted as it is loaded
   int kr, mr, nr, vector;
   bool stores_half;
-  int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
-  int m_unit;   // tiles of m begin at multiples of it
-  int k_block;  // k for which A's tile row and a panel of B fit in L1 together; 0: registers hold C for all of k
+  int ks;                        // steps of a row of A that lie together in a panel; panels are filled up to whole KS
+  int m_unit;                    // tiles of m begin at multiples of it
   TileFn fn[2][kMaxMr][kMaxNv];  // [access][m - 1][vectors - 1]
   // Indexed by the dtype in memory; null where the pair makes no sense.
   PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
@@ -158,6 +166,7 @@ struct Microkernel {
   // Before a thread's first tile and after its last one; null: nothing to do.
   void (*enter)();
   void (*leave)();
+  void (*finish_pending)(void* pending);  // kMaxPending bytes, aligned to 64, zero before the first call; may be null
 };
 
 // dispatch.cpp

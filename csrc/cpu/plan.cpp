@@ -20,6 +20,7 @@ namespace {
 // AVX512-BF16 a tenth of its rate).
 constexpr int64_t kChain = 64, kNarrowChain = 32, kHalfChain = 256;
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
+constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
@@ -71,11 +72,9 @@ bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
   return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
 }
 
-// AMX loads rows an even distance apart, in whole groups of steps. Rows 2 KiB (or a multiple) apart do not stay in L1
-// while the panels of B pass.
-bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel, int64_t n_tiles) {
-  const int64_t pitch = p.a.row.inner_stride() * dtype_size(p.dtype);
-  return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0 && (pitch % 2048 != 0 || n_tiles < 4);
+// AMX loads rows an even distance apart, in whole groups of steps.
+bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel) {
+  return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0;
 }
 
 // Pooling's tiles lie within so many images that they are nearly full, and all of whose pixels go to one thread.
@@ -149,7 +148,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   else
     plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
   if (kernel.ks > 1) {
-    if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel, plan.n.count()))
+    if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel))
       plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
     plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
   }
@@ -169,7 +168,8 @@ void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
 // k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
-  const int64_t kr = plan.kernel->kr, longest = 3 * kPackedK * kr / 2, size = dtype_size(p.dtype);
+  const int64_t kr = plan.kernel->kr, longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2,
+                size = dtype_size(p.dtype);
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
   const int64_t packed = (p.m + p.n) * dtype_size(plan.kernel->operand);
   const int64_t fit = l2_bytes() / 2 / std::max<int64_t>(read + packed, 1);
@@ -198,10 +198,6 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
   if (plan.a == Operand::kDirect && plan.a_access == AccessA::kCols && plan.b == Operand::kPackOnce && both > plan.kc)
     plan.k_step = std::min(plan.k_step, round_up(ceil_div(plan.slice, ceil_div(plan.slice, both)), plan.kc));
-  const int64_t k_block = plan.kernel->k_block;
-  plan.k_piece = plan.k_step;
-  if (k_block)  // of nearly equal length, in whole groups of steps
-    plan.k_piece = round_up(ceil_div(plan.k_step, ceil_div(plan.k_step, k_block)), kr * plan.kernel->ks);
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
@@ -464,8 +460,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
-          (plan.kernel->k_block ? " by pieces of " + number(plan.k_piece) + " that fit in L1"
-                                : " by chains of " + number(plan.kc)) +
+          (plan.kernel->ks > 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
           ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
   text += "\nk_slices=" + number(plan.slices);

@@ -75,7 +75,6 @@ struct Plan {
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
   int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice
-  int64_t k_piece = 0;               // k that a row of tiles walks before the next piece: k_step, or what L1 holds
   int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
   int64_t panel_a = 0, panel_b = 0;  // elements from panel to panel of a packed block
@@ -85,9 +84,9 @@ struct Plan {
     const int64_t group = kernel->kr * kernel->ks;
     return (k + group - 1) / group * kernel->ks;
   }
-  int64_t kept() const {  // tiles whose accumulators wait for more of k
-    return k_step < slice ? block_m * reach_n : (k_piece < k_step ? block_n : 0);
-  }
+  int64_t kept() const {
+    return k_step < slice ? block_m * reach_n : 0;
+  }  // tiles whose accumulators wait for more of k
   int64_t per_thread() const;
   int64_t total() const;
 };

@@ -76,8 +76,7 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
       (kernel.b_in_place == conv1x1::DType::kFloat16) != float16_b)
     throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
   Call<T> call;
-  if (tiles < 1 || a.shape(0) % tiles != 0 || (tiles > 1 && kernel.ks > 1))
-    throw std::invalid_argument("no strip of so many tiles");
+  if (tiles < 1 || a.shape(0) % tiles != 0) throw std::invalid_argument("no strip of so many tiles");
   const int64_t first = a.shape(0) / tiles, m = rows ? first : a.shape(1), k = rows ? a.shape(1) : first;
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n ||
       out.shape(0) < m * tiles || out.shape(1) < n || k % kernel.ks != 0 ||
@@ -131,6 +130,39 @@ class Entered {
   const Microkernel& kernel_;
 };
 
+// One call for a strip of tiles, or, of a kernel whose stores may wait, a call for each: the last one's wait for the
+// end.
+template <class T>
+void call_strip(const Microkernel& kernel, Call<T>& call) {
+  const Entered entered(kernel);
+  if (!kernel.finish_pending) return call.fn(call.args);
+  alignas(64) char pending[conv1x1::kMaxPending] = {};
+  conv1x1::Epilogue epilogues[2];
+  const bool half = call.epilogue.store != conv1x1::Store::kAsIs;
+  const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), m = call.args.m;
+  const auto on = [](const void* from, int64_t bytes) {
+    return from ? static_cast<const char*>(from) + bytes : nullptr;
+  };
+  for (int64_t tile = 0; tile < call.args.tiles; ++tile) {
+    conv1x1::TileArgs args = call.args;
+    args.tiles = 1;
+    args.pending = pending;
+    std::vector<const void*> rows;
+    for (const void* row : call.rows) rows.push_back(on(row, tile * args.a_step));
+    args.a_rows = rows.data();
+    args.a = on(args.a, tile * args.a_step);
+    args.c_out = static_cast<char*>(args.c_out) + tile * m * args.ld_out * size;
+    if (args.epilogue) {
+      conv1x1::Epilogue& e = epilogues[tile & 1] = *args.epilogue;
+      e.bias_m = on(e.bias_m, tile * m * static_cast<int64_t>(sizeof(T)));
+      e.residual = on(e.residual, tile * m * e.ld_residual * size);
+      args.epilogue = &e;
+    }
+    call.fn(args);
+  }
+  kernel.finish_pending(pending);
+}
+
 template <class T, class P, class PB>
 void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
@@ -155,8 +187,7 @@ void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> o
   call.epilogue.lower = lower;
   call.epilogue.upper = upper;
   call.args.epilogue = with_epilogue ? &call.epilogue : nullptr;
-  const Entered entered(kernel);
-  call.fn(call.args);
+  call_strip(kernel, call);
 }
 
 // Best GFLOP/s of `rounds` rounds of `calls` tiles of n columns of one microkernel, operands in cache.
@@ -203,8 +234,7 @@ void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, A
   call.epilogue.upper = std::numeric_limits<double>::infinity();
   call.epilogue.store = conv1x1::Store::kBFloat16;
   call.args.epilogue = &call.epilogue;
-  const Entered entered(kernel);
-  call.fn(call.args);
+  call_strip(kernel, call);
 }
 
 // Forward or dgrad of one image by the driver, with panels of the weight made beforehand; without, where `beforehand`

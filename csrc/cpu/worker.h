@@ -6,7 +6,6 @@
 //         for jc in n blocks      B's block packed, or read in place, resident in L2
 //           for ir in m tiles
 //             for jr in n tiles   microkernel over chains of kc, then the epilogue
-// AMX's rows of tiles (ir) walk their n tiles once for each piece of k that L1 holds, and keep their sums between.
 //
 // Nothing here throws or allocates. T: the accumulators' type; an element of a panel is as wide (microkernel.h).
 #pragma once
@@ -171,6 +170,7 @@ class Worker : private Panels<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
+    if (kernel_.ks > 1) return;  // see fetch_next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, true);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
@@ -236,20 +236,20 @@ class Worker : private Panels<T> {
     }
   }
 
-  // The A of a row of tiles from k0 + k on, k0 where a packed block begins: args.a_rows or args.a, and lda.
-  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, int64_t k, const void** rows, TileArgs& args) const {
+  // The A of a row of tiles from k0 on: args.a_rows or args.a, and lda.
+  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
     const bool direct = plan_.a == Operand::kDirect;
-    const int64_t step = plan_.steps(plan_.a == Operand::kPackOnce ? k0 + k : k);
+    const int64_t step = plan_.a == Operand::kPackOnce ? plan_.steps(k0) : 0;
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
     if (direct && plan_.a_access == AccessA::kRows) {
       const bool linear = p_.a.row.linear();
       for (int64_t r = 0; r < t.size; ++r) {
         const int64_t row = linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset;
-        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + k + row);
+        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + row);
       }
       args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
     } else if (direct) {
-      args.a = element(p_.a.data, group_ * p_.a.group_stride + (k0 + k) * args.lda + t.start);
+      args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
       const T* a = packed_a(group_, i) + step;
       for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
@@ -275,42 +275,60 @@ class Worker : private Panels<T> {
     return count;
   }
 
+  // With AMX: what the next row of tiles will read of A and be stored to, in the order in which it lies in memory. Each
+  // of this row's calls fetches a share; the blocks that come next are left to the hardware, because products take so
+  // few cycles that memory would hold them up.
+  void fetch_next_rows(const Range& is, int64_t i, const Range& js, int64_t j, int64_t nk, const void* const* rows,
+                       TileArgs& args) const {
+    args.next_a.rows = args.next_c.rows = 0;
+    if (kernel_.ks == 1 || i + 1 >= is.end) return;
+    const int64_t m = args.m, calls = js.end - js.begin, each = (m + calls - 1) / calls, from = j * each;
+    const int64_t count = m - from < each ? m - from : each;
+    if (count <= 0) return;
+    if (plan_.a == Operand::kDirect && !p_.a_is_weight) {
+      const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
+      args.next_a = {static_cast<const char*>(rows[0]) + (m + from) * pitch, count, pitch, nk * dtype_size(p_.dtype)};
+    }
+    // Rows of D that are one stretch of memory.
+    const Column &first = columns_[0], &last = columns_[calls - 1];
+    const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
+    if (!all_unit_ || !p_.d.row.linear() || p_.d.row.stride[0] != width || streams_) return;
+    const int64_t row = plan_.m[i].start + m + from;
+    const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + row * width + first.out);
+    args.next_c = {static_cast<const char*>(out), count, width * size, width * size};
+  }
+
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
-    const bool pieces = plan_.k_piece < plan_.k_step;
     prepare_columns(js, k0);
-    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin) * (pieces ? (nk - 1) / plan_.k_piece + 1 : 1);
-    for (int64_t i = is.begin, k = 0, next_k = 0, strip = 0; i < is.end; k = next_k, i += next_k == 0 ? strip : 0) {
+    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
+    for (int64_t i = is.begin, strip = 0; i < is.end; i += strip) {
       const Tiling::Tile ti = plan_.m[i];
-      next_k = nk - k > plan_.k_piece ? k + plan_.k_piece : 0;
-      const bool ends = next_k == 0;
       TileArgs args;
-      args.k = plan_.steps(ends ? nk - k : plan_.k_piece);
+      args.k = plan_.steps(nk);
       args.m = ti.size;
       args.chain = plan_.steps(plan_.kc);
       args.partial = partial_;
-      prepare_row(i, ti, k0, k, rows, args);
+      if (kernel_.finish_pending) args.pending = pending_;
+      prepare_row(i, ti, k0, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       strip = first && last && all_unit_ ? strip_from(i, is.end, args) : 1;
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
         const Column& c = columns_[j];
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
-                          : (pieces ? accumulators_ + j * tile_ : partial_);
+                          : partial_;
         const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
         args.b = c.b;
         args.ldb = c.ldb;
-        if (kernel_.ks > 1) {  // B always comes in panels
-          args.b = panel_at(c, k);
-          args.b_next = j + 1 < js.end - js.begin ? panel_at(columns_[j + 1], k) : panel_at(columns_[0], next_k);
-        }
         args.n = c.tile.size;
         args.tiles = strip;
         ahead_.share(tiles_left, args);
         tiles_left -= strip;
-        args.c_in = first && k == 0 ? nullptr : sum;
+        fetch_next_rows(is, i, js, j, nk, rows, args);
+        args.c_in = first ? nullptr : sum;
         args.ld_in = kernel_.nr;
-        if (last && ends) {
+        if (last) {
           finish(fn, args, ti, row, c);
         } else {
           args.c_out = sum;
@@ -319,10 +337,8 @@ class Worker : private Panels<T> {
         }
       }
     }
+    if (kernel_.finish_pending) kernel_.finish_pending(pending_);
   }
-
-  // k on from where the panel of this block begins.
-  const void* panel_at(const Column& c, int64_t k) const { return static_cast<const T*>(c.b) + plan_.steps(k) * c.ldb; }
 
   // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
   // one that waits for its line holds up all that follow.
@@ -359,7 +375,8 @@ class Worker : private Panels<T> {
       fn(args);
       return;
     }
-    Epilogue e = epilogue_;
+    Epilogue& e = epilogues_[turn_ ^= 1];  // the one before may still be waited for
+    e = epilogue_;
     if (p_.bias.data) {
       const T* bias = reinterpret_cast<const T*>(shared_.bias);
       if (p_.bias_along_m)
@@ -375,6 +392,7 @@ class Worker : private Panels<T> {
     // What is stored as half is added to a residual as half.
     const bool direct = !p_.pool && one_run && c.out_unit && ((whole_out_ && !c.split) || !d.aux || aux_in_place);
     args.splits = direct && c.split ? c.splits : nullptr;
+    args.fetch_out = false;
     if (direct) {
       out = out_element(d.data, group_ * d.group_stride + row.offset + c.out);
       ld = row.stride;
@@ -382,13 +400,14 @@ class Worker : private Panels<T> {
       const int64_t size = dtype_size(p_.out_dtype);
       const bool whole_lines = ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(ld * size)) & 63) == 0 &&
                                tj.size * size % 64 == 0;
-      if (c.split)
+      e.stream = streams_ && whole_lines && !c.split;
+      args.fetch_out = !e.stream;
+      if (args.next_c.rows > 0 || e.stream)
+        ;
+      else if (c.split)
         for (int64_t j = 0; j < tj.padded_size / kernel_.vector; ++j) prefetch_split(out, ld, ti.size, c.splits[j]);
-      else if (streams_ && whole_lines)
-        e.stream = true;
       else
         prefetch_out(out, ld, ti.size, tj.size);
-      args.fetch_out = !e.stream;
     }
     if (aux_in_place && ((whole_out_ && !c.split) || direct)) {
       e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
@@ -401,6 +420,7 @@ class Worker : private Panels<T> {
     args.c_out = out;
     args.ld_out = ld;
     fn(args);
+    if (kernel_.finish_pending && !(direct && e.residual != residual_)) kernel_.finish_pending(pending_);
     if (transcendental_) kernel_.activate(out, ld, ti.size * args.tiles, tj.size, p_.activation);
     if (p_.pool)
       pool(staged_, ti, tj);
@@ -427,8 +447,10 @@ class Worker : private Panels<T> {
     }
   }
 
-  Epilogue epilogue_;
+  Epilogue epilogue_, epilogues_[2];
+  int turn_ = 0;
   Column columns_[kMaxBlockN];
+  alignas(64) char pending_[kMaxPending] = {};
   T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
   FetchAhead ahead_;

@@ -35,6 +35,16 @@ namespace {
 struct AmxBFloat16 : Avx512Float32 {
   // As AVX512-BF16 does: denormal results are zero here as well.
   static __m256i half_of(Reg x, bool) { return nearest_bfloat16(x); }
+  // Two vectors side by side, as bfloat16: one line, if they lie so.
+  using Lanes32 = __mmask32;
+  static Lanes32 first_half(int64_t n) { return n >= 32 ? ~Lanes32{0} : (Lanes32{1} << n) - 1; }
+  static void store_halves(uint16_t* p, Reg low, Reg high, Lanes32 lanes, bool stream) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (stream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    else
+      _mm512_mask_storeu_epi16(p, lanes, both);
+  }
 };
 
 }  // namespace
@@ -50,9 +60,7 @@ Microkernel make_avx512_amx_bfloat16() {
   kernel.nr = kTiledNr;
   kernel.vector = kernel.ks = kernel.m_unit = kTile;
   kernel.stores_half = true;
-  // 16 KiB of A, which every panel of B meets, and as much of B, which streams from L2: both, what is prefetched and C
-  // are less than the 48 KiB of L1 that CPUs with AMX have.
-  kernel.k_block = 256;
+  kernel.splits = true;
   fill_tiled<AmxBFloat16, AccessA::kRows>(kernel);
   fill_tiled<AmxBFloat16, AccessA::kCols>(kernel);
   fill_pairs(kernel);
@@ -64,6 +72,7 @@ Microkernel make_avx512_amx_bfloat16() {
   kernel.activate = activate_tile<float>;
   kernel.enter = configure_tiles;
   kernel.leave = release_tiles;
+  kernel.finish_pending = finish_pending<AmxBFloat16>;
   return kernel;
 }
 
