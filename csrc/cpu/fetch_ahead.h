@@ -46,7 +46,9 @@ class FetchAhead {
         args.fetch_width = piece.width * together;
         args.fetch_rows = fetches;
         args.fetch_every = 1;
-        while (args.fetch_every < kMostApart && fetches * 2 * args.fetch_every <= steps) args.fetch_every *= 2;
+        while (args.fetch_every < kMostApart &&
+               (fetches + kFetchedTogether - 1) / kFetchedTogether * 2 * args.fetch_every <= steps)
+          args.fetch_every *= 2;
         args.fetch_near = piece.near;
         piece.row += fetches * together;
         left_ -= fetches * together;
@@ -63,7 +65,7 @@ class FetchAhead {
     bool near;
   };
   static constexpr int64_t kLine = 64, kStrip = 4 * kLine;
-  static constexpr int kMost = 64, kMostApart = 16;
+  static constexpr int kMost = 64, kMostApart = 64;
 
   void add(const void* data, int64_t offset, int64_t element, int64_t nr, int64_t rs, int64_t nk, int64_t ks,
            bool near) {

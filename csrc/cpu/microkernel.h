@@ -40,7 +40,7 @@
 
 namespace conv1x1 {
 
-constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 9 << 10;
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 9 << 10, kFetchedTogether = 4;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 

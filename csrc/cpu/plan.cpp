@@ -27,6 +27,8 @@ constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a pa
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
 constexpr int64_t kWideWgrad = 256;        // wgrad: columns from which a wide tile pays, where A's panels are rows
+constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
+constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
@@ -203,7 +205,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
 // A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
-  const int64_t l2 = l2_bytes(), mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
+  const int64_t l2 = plan.b == Operand::kDirect ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
+  const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
   // Room for the next block beside it, where that leaves enough columns for each pass over A.
@@ -291,10 +294,14 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
 }
 
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
-// back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep.
+// back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep. Of
+// small ones every thread packs its own: lines that another core has just written take longer to come than to pack.
 void pack_where_used(Plan& plan, int64_t k, int64_t element) {
   if (plan.prepacked || plan.k_step != k) return;
-  if (plan.b == Operand::kPackOnce && plan.part_m == 1 && plan.block_m >= plan.m.count()) plan.b = Operand::kPackBlock;
+  const int64_t panels = plan.n.padded() * plan.steps(k) * element;
+  if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
+      plan.block_m >= plan.m.count())
+    plan.b = Operand::kPackBlock;
   if (plan.a == Operand::kPackOnce && plan.part_n == 1 && plan.block_n >= plan.n.count()) {
     plan.a = Operand::kPackBlock;
     plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
