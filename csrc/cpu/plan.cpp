@@ -300,9 +300,11 @@ void pack_where_used(Plan& plan, int64_t k, int64_t element) {
   if (plan.prepacked || plan.k_step != k) return;
   const int64_t panels = plan.n.padded() * plan.steps(k) * element;
   if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
-      plan.block_m >= plan.m.count())
+      (plan.block_m >= ceil_div(plan.m.count(), plan.part_m) || plan.block_n >= plan.n.count()))
     plan.b = Operand::kPackBlock;
-  if (plan.a == Operand::kPackOnce && plan.part_n == 1 && plan.block_n >= plan.n.count()) {
+  const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(k) * element;
+  if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
+      plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
     plan.a = Operand::kPackBlock;
     plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
   }
