@@ -1,5 +1,5 @@
-// What the next block will read from memory, fetched into L2 while this one is computed: a few lines in every step of
-// every tile (TileArgs::fetch), spread over all of its steps, because many at once would hold up the loads of the tile
+// What the next block will read from memory, fetched into L2 while this one is computed: a few lines at a time
+// (TileArgs::fetch), spread over all steps of every tile, because many at once would hold up the loads of the tile
 // itself. Hardware prefetchers do not see these reads coming: they are short pieces of many rows.
 #pragma once
 

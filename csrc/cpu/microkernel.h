@@ -93,8 +93,8 @@ struct TileArgs {
   // null: nothing waits.
   void* pending = nullptr;
   Fetch next_a, next_c;  // KS > 1: of what the next row of tiles will read and be stored to, this call's share
-  // In every so many steps of each tile, until fetch_rows are, the next row's lines, fetch_width bytes of them, are
-  // fetched into L2; or, where `fetch_near`, its one line into L1. fetch_every: a power of two.
+  // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
+  // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
   int64_t fetch_rows = 0, fetch_every = 1, fetch_pitch = 0, fetch_width = 0;
   bool fetch_near = false;

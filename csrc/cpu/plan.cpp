@@ -170,8 +170,8 @@ void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
 // k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
-  const int64_t kr = plan.kernel->kr, longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2,
-                size = dtype_size(p.dtype);
+  const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype);
+  const int64_t longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2;
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
   const int64_t packed = (p.m + p.n) * dtype_size(plan.kernel->operand);
   const int64_t fit = l2_bytes() / 2 / std::max<int64_t>(read + packed, 1);
@@ -302,6 +302,7 @@ void pack_where_used(Plan& plan, int64_t k, int64_t element) {
   if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
       (plan.block_m >= ceil_div(plan.m.count(), plan.part_m) || plan.block_n >= plan.n.count()))
     plan.b = Operand::kPackBlock;
+  // (A's more seldom: where its rows conflict, packing is all strides.)
   const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(k) * element;
   if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {

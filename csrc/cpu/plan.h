@@ -84,9 +84,8 @@ struct Plan {
     const int64_t group = kernel->kr * kernel->ks;
     return (k + group - 1) / group * kernel->ks;
   }
-  int64_t kept() const {
-    return k_step < slice ? block_m * reach_n : 0;
-  }  // tiles whose accumulators wait for more of k
+  // Tiles whose accumulators wait for more of k.
+  int64_t kept() const { return k_step < slice ? block_m * reach_n : 0; }
   int64_t per_thread() const;
   int64_t total() const;
 };
