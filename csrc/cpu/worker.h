@@ -23,6 +23,7 @@ class Worker : private Panels<T> {
  public:
   Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
       : Panels<T>(problem, plan, shared, own) {
+    if (kernel_.finish_pending) std::memset(pending_, 0, sizeof pending_);
     accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
     tile_ = kernel_.mr * kernel_.nr;
     out_storage_ = static_cast<int>(p_.out_dtype);
@@ -402,11 +403,10 @@ class Worker : private Panels<T> {
                                tj.size * size % 64 == 0;
       e.stream = streams_ && whole_lines && !c.split;
       args.fetch_out = !e.stream;
-      if (args.next_c.rows > 0 || e.stream)
-        ;
-      else if (c.split)
+      const bool fetches = !e.stream && args.next_c.rows == 0;
+      if (fetches && c.split)
         for (int64_t j = 0; j < tj.padded_size / kernel_.vector; ++j) prefetch_split(out, ld, ti.size, c.splits[j]);
-      else
+      else if (fetches)
         prefetch_out(out, ld, ti.size, tj.size);
     }
     if (aux_in_place && ((whole_out_ && !c.split) || direct)) {
@@ -450,7 +450,7 @@ class Worker : private Panels<T> {
   Epilogue epilogue_, epilogues_[2];
   int turn_ = 0;
   Column columns_[kMaxBlockN];
-  alignas(64) char pending_[kMaxPending] = {};
+  alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
   T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
   FetchAhead ahead_;
