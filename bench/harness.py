@@ -1,7 +1,7 @@
 """How every benchmark here measures: layers, interleaved rounds, statistics, and what machine it was.
 
-Method. Each round takes one sample of every candidate, in turn (A B C A B C ...), so that a drift of the machine's
-clock meets all alike. A sample waits until the process's other threads have stopped spinning, makes untimed calls
+Method. Each round takes one sample of every candidate, in an order drawn anew, so that a drift of the machine's clock
+and whatever a candidate leaves behind (threads that the scheduler has moved, above all) meet all alike. A sample waits until the process's other threads have stopped spinning, makes untimed calls
 (which wake the clock and the threads, and leave caches as this candidate leaves them), then times ``inner`` calls,
 chosen so that a sample lasts about 3 ms and at least one call. Reported are the median and the best over the rounds
 of the microseconds per call; ratios are ratios of medians, unless the best is asked for (on a machine with other
@@ -17,6 +17,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -138,6 +139,7 @@ def interleave(
         inner[name] = max(1, math.ceil(SAMPLE_SECONDS / once))
         warm[name] = max(1, math.ceil(WARM_SECONDS / once))
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -147,10 +149,10 @@ def interleave(
             if sample is not None:
                 settle()
                 sample()
-            for name, call in calls.items():
+            for name in order.sample(list(calls), len(calls)):
                 settle()
-                _seconds(call, warm[name])
-                samples[name].append(_seconds(call, inner[name]) / inner[name] * 1e6)
+                _seconds(calls[name], warm[name])
+                samples[name].append(_seconds(calls[name], inner[name]) / inner[name] * 1e6)
     finally:
         if collecting:
             gc.enable()

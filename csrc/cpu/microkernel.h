@@ -73,8 +73,9 @@ struct Fetch {
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // KS = 1: a strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
-  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null.
-  int64_t tiles = 1, a_step = 0;
+  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. `piece`, whole
+  // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
+  int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
   bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
   const void* const* a_rows = nullptr;
   int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
@@ -84,7 +85,9 @@ struct TileArgs {
   int64_t ldb = 0;
   const void* c_in = nullptr;
   int64_t ld_in = 0;
-  void* partial = nullptr;  // MR * NR elements; may be c_in. Not read before it is written, unused where k <= chain
+  // MR * NR elements, for each tile of a strip where k > piece; may be c_in. Not read before it is written, unused
+  // where k <= chain.
+  void* partial = nullptr;
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other

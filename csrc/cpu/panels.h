@@ -1,6 +1,8 @@
 // A thread's panels of A and B: where they lie, packing them, and their sums for the bias gradient. T as in worker.h.
 #pragma once
 
+#include <cstring>
+
 #include "plan.h"
 
 namespace conv1x1 {
@@ -41,10 +43,11 @@ class Panels {
     return block_a_ + (i - first_a_) * plan_.panel_a;
   }
   T* packed_b(int64_t group, int64_t j) const {
-    if (plan_.b == Operand::kPackOnce)
-      return reinterpret_cast<T*>(shared_.once_b) +
-             (group * plan_.n.padded() + plan_.n[j].padded_start) * plan_.steps(p_.k);
-    return block_b_ + (j - first_b_) * plan_.panel_b;
+    return plan_.b == Operand::kPackOnce ? packed_once_b(group, j) : block_b_ + (j - first_b_) * plan_.panel_b;
+  }
+  T* packed_once_b(int64_t group, int64_t j) const {
+    return reinterpret_cast<T*>(shared_.once_b) +
+           (group * plan_.n.padded() + plan_.n[j].padded_start) * plan_.steps(p_.k);
   }
   int64_t ld_packed_a(const Tiling::Tile& t) const {
     if (plan_.a_access == AccessA::kCols) return t.size;
@@ -114,6 +117,12 @@ class Panels {
   }
 
   void pack_block_b(const Range& js, int64_t k0, int64_t nk) {
+    if (plan_.prepacked && p_.b_is_weight) {  // all of k: see pack_where_used
+      for (int64_t j = js.begin; j < js.end; ++j)
+        std::memcpy(packed_b(group_, j), packed_once_b(group_, j),
+                    static_cast<size_t>(plan_.n[j].padded_size * plan_.steps(nk)) * sizeof(T));
+      return;
+    }
     if (pack_rows(js, plan_.n, p_.b, p_.b.col, p_.b.row, k0, nk, [&](int64_t j) { return packed_b(group_, j); }))
       return;
     for (int64_t j = js.begin; j < js.end; ++j) pack_b(group_, j, k0, nk);

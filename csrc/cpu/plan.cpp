@@ -14,11 +14,12 @@
 namespace conv1x1 {
 namespace {
 
-// Length of an accumulator chain. 128 is 1 to 2 % faster than 64, 32 is 4 to 10 % slower; but with 128 errors were up
-// to 3 times stock torch's (which sums narrow layers in many short chains), with 64 up to 3 times for narrow ones
-// alone. The half types' results are rounded far more coarsely than their sums in float32 (joining chains of 64 costs
-// AVX512-BF16 a tenth of its rate).
-constexpr int64_t kChain = 64, kNarrowChain = 32, kHalfChain = 256;
+// Length of an accumulator chain in steps: no output's error may be over twice stock torch's. Joining chains of 64
+// costs 3 % of the rate on long k, those of 32 twice that; but with 128 errors were up to 3 times stock's, whose narrow
+// layers are sums of many short chains (with 64, too, on narrow ones), and with 256 up to 2.7 times where a single
+// pixel is its dot product. The half types' results are rounded far more coarsely than their sums in float32.
+constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain = 256;
+constexpr int64_t kLongK = 512;            // from which on chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
@@ -29,6 +30,7 @@ constexpr int64_t kMaxSlices = 64;
 constexpr int64_t kWideWgrad = 256;        // wgrad: columns from which a wide tile pays, where A's panels are rows
 constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
 constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
+constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
@@ -47,6 +49,17 @@ int64_t l2_bytes() {
     if (found > 0) return clamp(found, 256 << 10, 2 << 20);
 #endif
     return static_cast<int64_t>(512 << 10);
+  }();
+  return bytes;
+}
+
+int64_t l1_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    if (found > 0) return clamp(found, 32 << 10, 64 << 10);
+#endif
+    return static_cast<int64_t>(32 << 10);
   }();
   return bytes;
 }
@@ -180,8 +193,14 @@ int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   return clamp((fit + kChain / 2) / kChain * kChain, kr == 1 ? 2 * kChain : 3 * kChain, longest);
 }
 
+int64_t chain(const GemmProblem& p, const Plan& plan) {
+  if (dtype_size(p.dtype) == 2) return p.k < 2 * kLongK ? kHalfChain : kLongChain * plan.kernel->kr;
+  if (p.narrow) return kNarrowChain;
+  return p.k >= kLongK ? kLongChain : kChain;
+}
+
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
-  plan.kc = dtype_size(p.dtype) == 2 ? kHalfChain : p.narrow ? kNarrowChain : kChain;
+  plan.kc = chain(p, plan);
   plan.slice = p.k;
   if (p.split_k) {
     const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
@@ -200,6 +219,19 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
   if (plan.a == Operand::kDirect && plan.a_access == AccessA::kCols && plan.b == Operand::kPackOnce && both > plan.kc)
     plan.k_step = std::min(plan.k_step, round_up(ceil_div(plan.slice, ceil_div(plan.slice, both)), plan.kc));
+}
+
+// A strip of tiles of m, whose columns of B stay in L1 meanwhile. Where k is so long that A's tile alone fills L1, for
+// a piece of k at a time; the tiles' sums wait.
+void choose_strip(Plan& plan, int64_t steps, int64_t element) {
+  const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, chain = plan.steps(plan.kc);
+  plan.piece = std::max<int64_t>(steps, 1);
+  if (plan.kernel->ks > 1) return;
+  plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
+  if (plan.strip > 1 || steps <= chain || plan.k_step < plan.slice) return;
+  plan.piece = std::max(2 * l1_bytes() / 3 / (nr * element) / chain, int64_t{1}) * chain;
+  const int64_t in_l1 = l1_bytes() / 4 / (mr * nr * element), in_l2 = l2_bytes() / 8 / (mr * steps * element);
+  plan.strip = plan.partials_kept = clamp(std::min(in_l1, in_l2), 1, kMaxStrip);
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
@@ -222,7 +254,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   // memory, not from L3.
   const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
   plan.fetches_rows = !plan.kernel->pitched || touched > kCachedBytes;
-  if (plan.kernel->ks == 1) plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
+  choose_strip(plan, steps, element);
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 
@@ -296,12 +328,17 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
 // back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep. Of
 // small ones every thread packs its own: lines that another core has just written take longer to come than to pack.
+// Panels brought by the caller are copied where many rows are multiplied with them: what two cores read at once comes
+// to neither as fast.
 void pack_where_used(Plan& plan, int64_t k, int64_t element) {
-  if (plan.prepacked || plan.k_step != k) return;
+  if (plan.k_step != k) return;
   const int64_t panels = plan.n.padded() * plan.steps(k) * element;
   if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
-      (plan.block_m >= ceil_div(plan.m.count(), plan.part_m) || plan.block_n >= plan.n.count()))
+      (plan.block_m >= ceil_div(plan.m.count(), plan.part_m) || plan.block_n >= plan.n.count()) &&
+      (!plan.prepacked || (plan.kernel->ks == 1 && plan.part_m > 1 &&
+                           plan.m.most(plan.m.count()) * plan.m.unit >= kRowsToCopy * plan.part_m)))
     plan.b = Operand::kPackBlock;
+  if (plan.prepacked) return;
   // (A's more seldom: where its rows conflict, packing is all strides.)
   const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(k) * element;
   if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
@@ -335,7 +372,8 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_b = nr * steps + 64 / element;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * plan.panel_a * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
-  plan.accumulators = bytes((plan.kept() + 3) * mr * nr * element);  // + the tile's own, its residual, its unpacking
+  plan.accumulators =
+      bytes((plan.kept() + plan.partials_kept + 2) * mr * nr * element);  // + a tile's residual, its unpacking
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * (p.exchanged ? p.n : p.m) * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
@@ -473,6 +511,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
           (plan.kernel->ks > 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
           ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
+  if (plan.partials_kept > 1) text += ", for k " + number(plan.piece * plan.kernel->kr) + " at a time";
   text += "\nk_slices=" + number(plan.slices);
   text += std::string("\nstores=") + (plan.streams ? "past the caches, where whole lines are" : "through the caches");
   text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +

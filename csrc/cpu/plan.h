@@ -68,10 +68,12 @@ struct Plan {
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
   bool streams = false;              // D is too large for caches: whole lines are stored past them
-  bool prepacked = false;            // the caller brought the panels of the operand that is packed once
+  bool prepacked = false;            // the caller brought the weight's panels; `packing` B by block copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
   bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
+  int64_t piece = 0;                 // steps of k that such a call computes for all its tiles before the next ones
+  int64_t partials_kept = 1;         // tiles whose sums wait meanwhile
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
   int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice

@@ -67,7 +67,7 @@ using Array = py::array_t<T, py::array::c_style>;
 // a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P and PB: elements of A
 // and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
 // KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory. A strip of `tiles` tiles has so many times a's
-// and out's rows.
+// and out's rows; it is computed in pieces of k as many chains long.
 template <class T, class P, class PB>
 Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
                 int64_t tiles = 1) {
@@ -87,7 +87,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
   call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
-  call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr));
+  call.args.piece = call.args.chain * tiles;
+  call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr * tiles));
   call.args.m = m;
   call.args.tiles = tiles;
   call.args.a_pitch = k * static_cast<int64_t>(sizeof(P));

@@ -29,7 +29,7 @@ class Worker : private Panels<T> {
     out_storage_ = static_cast<int>(p_.out_dtype);
     carried_ = plan.k_step < plan.slice;
     partial_ = accumulators_ + plan.kept() * tile_;
-    staged_ = partial_ + tile_;
+    staged_ = partial_ + plan.partials_kept * tile_;
     residual_ = staged_ + tile_;
     transcendental_ = !masks_from_output(p_.activation);
     // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
@@ -173,7 +173,7 @@ class Worker : private Panels<T> {
     ahead_.clear();
     if (kernel_.ks > 1) return;  // see fetch_next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
-    if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, true);
+    if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
     if (k0 + nk < end) {
       const int64_t then = k0 + nk, size = end - then < plan_.k_step ? end - then : plan_.k_step;
@@ -309,6 +309,7 @@ class Worker : private Panels<T> {
       args.k = plan_.steps(nk);
       args.m = ti.size;
       args.chain = plan_.steps(plan_.kc);
+      args.piece = plan_.piece;
       args.partial = partial_;
       if (kernel_.finish_pending) args.pending = pending_;
       prepare_row(i, ti, k0, rows, args);
