@@ -1,5 +1,7 @@
 """CONV1X1_ISA forces an instruction set; every one gives right results; a wrong name is an error with the choices."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import expect_ok, run_python
@@ -46,7 +48,10 @@ def test_each_instruction_set(isa):
 
 
 def test_default_is_the_best_one():
+    """The last one, but AVX512-BF16 on an Intel CPU without AMX: its vdpbf16ps is slower than converting to float32."""
     best = isa_of(conv1x1_ext.build_info()["microkernels"].split(", ")[-1])
+    if best == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+        best = "avx512"
     code = 'import conv1x1_ext; print(conv1x1_ext.build_info()["isa"])'
     assert expect_ok(run_python(code, CONV1X1_ISA="")).strip() == best
 

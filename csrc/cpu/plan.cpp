@@ -499,7 +499,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   std::string text =
       std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa + plan.shape;
   text += "\nisa=" + std::string(plan.isa) +
-          (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the best this CPU runs");
+          (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the fastest this CPU runs");
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
   text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
   if (p.exchanged) text += ": A is x and B dz, the larger one packed in the longer lines";
