@@ -247,8 +247,10 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
-  if (plan.a == Operand::kPackBlock)
-    plan.block_m = clamp((repacks_b ? kMaxBlockA : l2 / 8) / (mr * steps * element), 1, tiles_m);
+  if (plan.a == Operand::kPackBlock) {  // a large one where all of B passes by it once more for each
+    const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n < tiles_n ? l2 / 2 : l2 / 8);
+    plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
+  }
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
   // A pitched tile would fetch a line of A in every step, in which its loads take the ports' every turn: worth it from
   // memory, not from L3.
