@@ -1,11 +1,12 @@
 """How every benchmark here measures: layers, interleaved rounds, statistics, and what machine it was.
 
 Method. Each round takes one sample of every candidate, in an order drawn anew, so that a drift of the machine's clock
-and whatever a candidate leaves behind (threads that the scheduler has moved, above all) meet all alike. A sample waits until the process's other threads have stopped spinning, makes untimed calls
-(which wake the clock and the threads, and leave caches as this candidate leaves them), then times ``inner`` calls,
-chosen so that a sample lasts about 3 ms and at least one call. Reported are the median and the best over the rounds
-of the microseconds per call; ratios are ratios of medians, unless the best is asked for (on a machine with other
-work). Unless ``--fresh-pages`` is given, malloc keeps what is freed, so that no candidate's result lies on fresh pages.
+and whatever a candidate leaves behind (threads that the scheduler has moved, above all) meet all alike. A sample
+waits until the process's other threads have stopped spinning, makes untimed calls (which wake the clock and the
+threads, and leave caches as this candidate leaves them), then times ``inner`` calls, chosen so that a sample lasts
+about 3 ms and at least one call. Reported are the median and the best over the rounds of the microseconds per call;
+ratios are ratios of medians, unless the best is asked for (on a machine with other work). Unless ``--fresh-pages`` is
+given, malloc keeps what is freed, so that no candidate's result lies on fresh pages.
 """
 
 from __future__ import annotations

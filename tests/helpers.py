@@ -184,7 +184,10 @@ def magnitude_of(t: Tensor | None) -> Tensor | None:
 
 
 def chain_bound(k: int, dtype: torch.dtype) -> float:
-    """Worst-case relative error of a sum of k products: chains of at most 128 (half types: 256), joined in order, then the epilogue."""
+    """Worst-case relative error of a sum of k products: chains of at most 128, joined in order, then the epilogue.
+
+    (Half types' of 256 are longer, and their bound much wider.)
+    """
     if dtype in HALVES:
         return chain_bound(k, torch.float32) + 2 * torch.finfo(dtype).eps  # float32 sums, rounded once or twice
     return (min(k, 128) + k / 128 + 8) * torch.finfo(dtype).eps

@@ -200,9 +200,9 @@ def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
 @pytest.mark.parametrize("k", [0, 5, 150])
 def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
-    """Several tiles, one below the other: bias along m, residual and C go on from tile to tile. The longest k is cut for
-    the strip of two: sums wait for its second piece. AMX's take a call each, and what a call leaves to be stored waits
-    for the next one or for the end.
+    """Several tiles, one below the other: bias along m, residual and C go on from tile to tile. The longest k is cut
+    for the strip of two: sums wait for its second piece. AMX's take a call each, and what a call leaves to be stored
+    waits for the next one or for the end.
     """
     for m in sorted({1, kernel["mr"] - 1, kernel["mr"]}):
         for n in sorted({1, kernel["vector"], min(kernel["vector"] + 1, kernel["nr"]), kernel["nr"]}):

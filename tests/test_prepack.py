@@ -64,6 +64,16 @@ def test_the_bits_of_a_call_that_packs(dtype, channels_last, groups, stride):
                 assert torch.equal(m(x, residual), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_many_pixels_on_two_threads(dtype, groups):
+    """Each thread copies the panels then."""
+    m = layer(dtype, groups=groups)
+    m.prepack(image(dtype))
+    torch.set_num_threads(2)
+    assert_right(m, image(dtype, size=(45, 47), batch=2))
+
+
 @pytest.mark.parametrize("module,shape", [(Conv1x1_1d, (2, C_IN, 9)), (Conv1x1_3d, (2, C_IN, 2, 3, 4))])
 def test_other_dimensions(module, shape):
     m, x = module(C_IN, C_OUT).eval(), torch.randn(shape)

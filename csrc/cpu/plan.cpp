@@ -214,7 +214,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
       p.split_k ? wgrad_k_step(p, plan) : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
-    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)), kChain);
+    plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
+                           p.split_k ? kChain : std::max(plan.kc, kChain));  // whole chains: see plan.h
   // A few pixels in place meet every panel of a weight: as much of k at a time as leaves both in L2.
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
   if (plan.a == Operand::kDirect && plan.a_access == AccessA::kCols && plan.b == Operand::kPackOnce && both > plan.kc)

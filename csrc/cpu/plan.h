@@ -68,7 +68,7 @@ struct Plan {
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
   bool streams = false;              // D is too large for caches: whole lines are stored past them
-  bool prepacked = false;            // the caller brought the weight's panels; `packing` B by block copies them
+  bool prepacked = false;            // the caller brought the weight's panels; B packed by block copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
   bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
@@ -76,7 +76,7 @@ struct Plan {
   int64_t partials_kept = 1;         // tiles whose sums wait meanwhile
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
-  int64_t k_step = 0;                // k packed at a time, a multiple of kc, or all of a slice
+  int64_t k_step = 0;                // k packed at a time: all of a slice, or a multiple of kc (wgrad: of 64)
   int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
   int64_t panel_a = 0, panel_b = 0;  // elements from panel to panel of a packed block

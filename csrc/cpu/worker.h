@@ -171,7 +171,7 @@ class Worker : private Panels<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1) return;  // see fetch_next_rows
+    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see fetch_next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
@@ -277,8 +277,8 @@ class Worker : private Panels<T> {
   }
 
   // With AMX: what the next row of tiles will read of A and be stored to, in the order in which it lies in memory. Each
-  // of this row's calls fetches a share; the blocks that come next are left to the hardware, because products take so
-  // few cycles that memory would hold them up.
+  // of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that are
+  // packed, by look_ahead), because products take so few cycles that memory would hold them up.
   void fetch_next_rows(const Range& is, int64_t i, const Range& js, int64_t j, int64_t nk, const void* const* rows,
                        TileArgs& args) const {
     args.next_a.rows = args.next_c.rows = 0;
