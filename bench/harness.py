@@ -2,11 +2,12 @@
 
 Method. Each round takes one sample of every candidate, in an order drawn anew, so that a drift of the machine's clock
 and whatever a candidate leaves behind (threads that the scheduler has moved, above all) meet all alike. A sample
-waits until the process's other threads have stopped spinning, makes untimed calls (which wake the clock and the
-threads, and leave caches as this candidate leaves them), then times ``inner`` calls, chosen so that a sample lasts
-about 3 ms and at least one call. Reported are the median and the best over the rounds of the microseconds per call;
-ratios are ratios of medians, unless the best is asked for (on a machine with other work). Unless ``--fresh-pages`` is
-given, malloc keeps what is freed, so that no candidate's result lies on fresh pages.
+waits until the process's other threads have stopped spinning, makes untimed calls for 10 ms (which wake the cores,
+their clocks and matrix units and the threads, and leave caches as this candidate leaves them), then times ``inner``
+calls, chosen so that a sample lasts about 10 ms and at least one call. Reported are the median and the best over the
+rounds of the microseconds per call; ratios are ratios of medians, unless the best is asked for (on a machine with
+other work). Unless ``--fresh-pages`` is given, malloc keeps what is freed, so that no candidate's result lies on
+fresh pages.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NETS = ("seed", "resnet50", "mobilenet_v2", "squeezenet", "googlenet", "nin", "s
 DTYPES = {
     "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-SAMPLE_SECONDS, WARM_SECONDS = 0.003, 0.0005
+SAMPLE_SECONDS, WARM_SECONDS = 0.01, 0.01
 
 
 @dataclass(frozen=True)
