@@ -34,6 +34,7 @@ LIBRARY_SOURCES = [
     "cpu/conv1x1_cpu.cpp",
     "cpu/avg_pool.cpp",
     "cpu/plan.cpp",
+    "cpu/explain.cpp",
     "cpu/driver.cpp",
     *KERNEL_SOURCES,
 ]

@@ -1,15 +1,13 @@
-// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. Pure; explain() prints its result.
+// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. Pure; explain.cpp prints its result.
 //
 // The only choices that decide bits are kc, the k-slices and the packed length over which bias gradients are summed;
 // none of them looks at the thread count, and for y and dx none looks at the batch.
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 #include <utility>
 
-#include "plan.h"
+#include "plan_facts.h"
 
 namespace conv1x1 {
 namespace {
@@ -36,40 +34,41 @@ constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
 constexpr int64_t kCachedBytes = 16 << 20;
-constexpr double kWorkPerThread = 150e3;  // multiply-adds that pay for entering a parallel region (about 1 us)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
-int64_t l2_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (found > 0) return clamp(found, 256 << 10, 2 << 20);
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+constexpr int kL1 = _SC_LEVEL1_DCACHE_SIZE, kL2 = _SC_LEVEL2_CACHE_SIZE;
+#else
+constexpr int kL1 = -1, kL2 = -1;
 #endif
-    return static_cast<int64_t>(512 << 10);
-  }();
-  return bytes;
+
+int64_t cache_bytes(int name, int64_t least, int64_t most, int64_t unknown) {
+  const int64_t found = sysconf(name);
+  return found > 0 ? clamp(found, least, most) : unknown;
 }
 
 int64_t l1_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-    const int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    if (found > 0) return clamp(found, 32 << 10, 64 << 10);
-#endif
-    return static_cast<int64_t>(32 << 10);
-  }();
+  static const int64_t bytes = cache_bytes(kL1, 32 << 10, 64 << 10, 32 << 10);
   return bytes;
 }
 
-// Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
+}  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = cache_bytes(kL2, 256 << 10, 2 << 20, 512 << 10);
+  return bytes;
+}
+
 bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
   const Axis& col = p.b.col;
   return p.dtype == kernel.b_in_place && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
          col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
+
+namespace {
 
 // In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel is
 // read several times. wgrad's pieces of k are fetched into L2 beforehand, from where a tile can read them in place;
@@ -383,38 +382,6 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
 
-std::string number(int64_t n) { return std::to_string(n); }
-
-const char* name_of(Operand o) {
-  return o == Operand::kDirect ? "read in place" : (o == Operand::kPackOnce ? "packed once" : "packed by block");
-}
-
-std::string reason_a(const GemmProblem& p, const Plan& plan) {
-  if (plan.a == Operand::kDirect) return plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous";
-  if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
-  if (p.dtype != plan.kernel->operand) return "converted to float32";
-  if (p.a.aux) return "masked by the saved output";
-  if (p.row_sums.data && !p.exchanged) return "the bias gradient is summed from the panels";
-  if (plan.kernel->kr > 1) return "pairs along k interleaved";
-  return plan.a_access == AccessA::kCols && p.a.row.inner_stride() == 1 ? "its columns fall into few cache sets"
-                                                                        : "its strides do not suit the microkernel";
-}
-
-std::string reason_b(const GemmProblem& p, const Plan& plan) {
-  if (plan.b == Operand::kDirect && p.dtype != plan.kernel->operand)
-    return "n is contiguous; converted to float32 as it is loaded";
-  if (plan.b == Operand::kDirect) return "n is contiguous";
-  if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
-  if (p.dtype != plan.kernel->operand) return "converted to float32";
-  if (p.b.aux) return "masked by the saved output";
-  if (p.exchanged && p.row_sums.data) return "the bias gradient is summed from the panels";
-  if (plan.kernel->kr > 1) return "pairs along k interleaved";
-  if (p.b.col.inner_stride() != 1) return "n is not contiguous";
-  if (plan.n.segment != p.n_segment) return "tiles span images to keep vectors full";
-  return b_readable(p, *plan.kernel) ? "its rows fall into few cache sets, or many pages"
-                                     : "its strides do not suit the microkernel";
-}
-
 }  // namespace
 
 Tiling::Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units)
@@ -495,32 +462,6 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
   const Plan plan = make_plan(p, 1, kernels);
   const int64_t columns = p.a_is_weight ? p.m : plan.n.padded();
   return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype);
-}
-
-std::string describe(const GemmProblem& p, const Plan& plan) {
-  const int64_t work = p.groups * p.m * p.n * p.k;
-  std::string text =
-      std::string("kernel=") + plan.kernel->name + ": for " + dtype_name(p.dtype) + " in " + plan.isa + plan.shape;
-  text += "\nisa=" + std::string(plan.isa) +
-          (std::getenv("CONV1X1_ISA") ? ": CONV1X1_ISA asks for it" : ": the fastest this CPU runs");
-  text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
-  text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
-  if (p.exchanged) text += ": A is x and B dz, the larger one packed in the longer lines";
-  text += std::string("\nA=") + name_of(plan.a) + ": " + reason_a(p, plan);
-  text += std::string("\nB=") + name_of(plan.b) + ": " + reason_b(p, plan);
-  text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
-          number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
-  text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
-          (plan.kernel->ks > 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
-          ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
-  if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
-  if (plan.partials_kept > 1) text += ", for k " + number(plan.piece * plan.kernel->kr) + " at a time";
-  text += "\nk_slices=" + number(plan.slices);
-  text += std::string("\nstores=") + (plan.streams ? "past the caches, where whole lines are" : "through the caches");
-  text += "\nthreads=" + number(plan.threads) + " (groups " + number(plan.part_g) + ", k " + number(plan.part_k) +
-          ", m " + number(plan.part_m) + ", n " + number(plan.part_n) + "): " + number(work) +
-          " multiply-adds, a thread is worth " + number(static_cast<int64_t>(kWorkPerThread));
-  return text + "\nworkspace_bytes=" + number(plan.total());
 }
 
 }  // namespace conv1x1
