@@ -131,7 +131,7 @@ struct PackedWeightTag {
 static_assert(sizeof(PackedWeightTag) == 64, "panels start at a multiple of 64 bytes");
 
 PackedWeightTag tag_of(const Backend& backend, const GemmProblem& g) {
-  return {backend.panel_layout(),
+  return {backend.panel_layout(g),
           static_cast<int64_t>(g.dtype),
           g.b_is_weight,
           g.groups,

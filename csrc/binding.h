@@ -27,7 +27,7 @@ class Backend {
 
   virtual void gemm(const GemmProblem& g) const = 0;
   // Panels of a weight that stays the same: what tells their layout (0: this device packs none), bytes, making them.
-  virtual int64_t panel_layout() const { return 0; }
+  virtual int64_t panel_layout(const GemmProblem& /*g*/) const { return 0; }
   // The roles in which a forward has its weight packed beforehand.
   virtual GemmProblem roles_for_packed_weight(const GemmProblem& g) const { return g; }
   virtual int64_t packed_weight_bytes(const GemmProblem& /*g*/) const { return 0; }

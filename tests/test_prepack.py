@@ -101,10 +101,14 @@ def test_what_is_packed_is_used():
     assert "conv1x1_ext::_fprop_packed" in {event.key for event in profile.key_averages()}
 
 
-def test_contiguous_float32_needs_no_packing():
-    m = layer().prepack(image(channels_last=False))
-    assert not m.prepacked
-    assert_right(m, image(channels_last=False))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_contiguous_weights_need_no_packing(dtype):
+    """But where they are multiplied in parts."""
+    m, x = layer().to(dtype), image(channels_last=False).to(dtype)
+    m.prepack(x)
+    in_parts = "as the sum of" in conv1x1_ext.explain(x, m.weight)["A"]
+    assert m.prepacked == in_parts and not (in_parts and dtype == torch.float64)
+    assert_right(m, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

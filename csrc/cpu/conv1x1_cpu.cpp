@@ -47,9 +47,9 @@ class CpuBackend final : public Backend {
 
   void gemm(const GemmProblem& g) const override { raise_if_failed(run_gemm(g, threads_, kernels())); }
 
-  int64_t panel_layout() const override {
-    int64_t hash = 1469598103934665603;  // FNV-1a of the instruction set's name
-    for (const char* c = kernels().isa; *c; ++c)
+  int64_t panel_layout(const GemmProblem& g) const override {
+    int64_t hash = 1469598103934665603;  // FNV-1a of the microkernel's name
+    for (const char* c = kernels().for_problem(g).name; *c; ++c)
       hash = static_cast<int64_t>((static_cast<uint64_t>(hash) ^ static_cast<uint64_t>(*c)) * 1099511628211u);
     return hash;
   }

@@ -30,6 +30,8 @@ Microkernel make_avx512_bf16_bfloat16();
 Microkernel make_avx512_bf16_bfloat16_wide();
 Microkernel make_avx512_bf16_bfloat16_narrow();
 Microkernel make_avx512_amx_bfloat16();
+Microkernel make_avx512_amx_float32();
+Microkernel make_avx512_amx_float16();
 #endif
 
 namespace {
@@ -37,8 +39,8 @@ namespace {
 // Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
 // that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
 struct Table {
-  Microkernel kernels[16];
-  const Microkernel* pointers[16];
+  Microkernel kernels[20];
+  const Microkernel* pointers[20];
   KernelSet sets[5];
   size_t count = 0, set_count = 0;
 
@@ -52,6 +54,10 @@ struct Table {
     add_bfloat16("avx512_bf16",
                  {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
     add_bfloat16("avx512_amx", {make_avx512_amx_bfloat16});
+    if (isa_supported("avx512_amx")) {
+      sets[set_count - 1].float32_parts = add(make_avx512_amx_float32);
+      sets[set_count - 1].float16_parts = add(make_avx512_amx_float16);
+    }
 #endif
   }
 
@@ -81,7 +87,7 @@ struct Table {
   void add(const char* isa, const Shapes& for_float32, const Shapes& for_float64) {
     if (!isa_supported(isa)) return;
     const Microkernel *float32 = add(for_float32), *float64 = add(for_float64);
-    sets[set_count++] = {isa, float32, float64, float32};
+    sets[set_count++] = {isa, float32, float64, float32, nullptr, nullptr};
   }
 
   void add_bfloat16(const char* isa, const Shapes& shapes) {

@@ -13,9 +13,14 @@ const char* name_of(Operand o) {
   return o == Operand::kDirect ? "read in place" : (o == Operand::kPackOnce ? "packed once" : "packed by block");
 }
 
+std::string parts_of(const Plan& plan) {
+  return "as the sum of " + number(plan.kernel->parts) + " " + dtype_name(plan.kernel->operand) + ", exactly";
+}
+
 std::string reason_a(const GemmProblem& p, const Plan& plan) {
   if (plan.a == Operand::kDirect) return plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous";
   if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
+  if (plan.kernel->parts > 1) return parts_of(plan);
   if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.a.aux) return "masked by the saved output";
   if (p.row_sums.data && !p.exchanged) return "the bias gradient is summed from the panels";
@@ -29,6 +34,7 @@ std::string reason_b(const GemmProblem& p, const Plan& plan) {
     return "n is contiguous; converted to float32 as it is loaded";
   if (plan.b == Operand::kDirect) return "n is contiguous";
   if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
+  if (plan.kernel->parts > 1) return parts_of(plan);
   if (p.dtype != plan.kernel->operand) return "converted to float32";
   if (p.b.aux) return "masked by the saved output";
   if (p.exchanged && p.row_sums.data) return "the bias gradient is summed from the panels";
@@ -55,7 +61,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
-          (plan.kernel->ks > 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
+          (plan.kernel->ks > 1 && plan.kernel->parts == 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
           ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
   if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
   if (plan.partials_kept > 1) text += ", for k " + number(plan.piece * plan.kernel->kr) + " at a time";

@@ -30,6 +30,11 @@
 // whole KS, columns of a panel past n are read (and their results thrown away), and the accumulators begin with c_in:
 // the chain goes on, wherever calls cut it, and `chain` and `partial` are ignored. Around such calls stand `enter` and
 // `leave`, once per thread.
+//
+// Where operands are several `parts`, an element of A or B is the sum of so many of the kernel's operands: the largest
+// part of a group of KS steps, then the others, each laid out as a group; `k`, `chain` and steps count them all. Steps
+// are k and k + KS of a group of 2 KS. Chains end, as above, and c_in is added to their sum. What an operand's parts
+// cannot show, infinities and the smallest numbers, is left to `repair`.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +45,10 @@
 
 namespace conv1x1 {
 
-constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 9 << 10, kFetchedTogether = 4;
+constexpr int64_t kChannelsForParts = 32, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
+constexpr uint32_t kDoubtfulBelow = 0x21800000;                  // the bits of 2^-60
+constexpr uint32_t kSmallBelow = 0x27800000;  // of 2^-48: products of larger numbers keep all their parts
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -95,7 +103,12 @@ struct TileArgs {
   // KS > 1: the stores may wait in here for the next call, or for finish_pending, and `epilogue` must last as long;
   // null: nothing waits.
   void* pending = nullptr;
-  Fetch next_a, next_c;  // KS > 1: of what the next row of tiles will read and be stored to, this call's share
+  // Several parts: called with the tile's sums, before c_in and the epilogue, where one of them is not finite, or
+  // smaller than kDoubtfulBelow.
+  void (*repair)(void* repairer, float* sums, int64_t ld, bool finite) = nullptr;
+  void* repairer = nullptr;
+  bool mirrored = false;  // their products in the order that they have with A and B exchanged
+  Fetch next_a, next_c;   // KS > 1: of what the next row of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
   // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
@@ -144,6 +157,7 @@ struct Microkernel {
   DType operand;     // of A and B, in panels and in place
   DType b_in_place;  // what B is instead where it is read in place, converted as it is loaded
   int kr, mr, nr, vector;
+  int parts;  // of an operand, whose sum it is: a panel holds each group of KS steps once for every part
   bool stores_half;
   int ks;                        // steps of a row of A that lie together in a panel; panels are filled up to whole KS
   int m_unit;                    // tiles of m begin at multiples of it
@@ -166,10 +180,13 @@ struct Microkernel {
   // rows, pitched, not for wgrad, whose panels' sums it does not know.
   const Microkernel *wide, *narrow;
   const Microkernel* float16_b;  // the same for a B in place in float16; null: none
+  // Several parts: has a panel, of A or of B, a number below kSmallBelow that is not zero?
+  bool (*has_small)(const void* panel, int64_t ld, int64_t steps);
   // Before a thread's first tile and after its last one; null: nothing to do.
   void (*enter)();
   void (*leave)();
-  void (*finish_pending)(void* pending);  // kMaxPending bytes, aligned to 64, zero before the first call; may be null
+  // kMaxPending bytes, aligned to 64, the first kPendingState of them zero before the first call; may be null.
+  void (*finish_pending)(void* pending);
 };
 
 // dispatch.cpp
@@ -177,9 +194,20 @@ struct KernelSet {
   const char* isa;
   const Microkernel* float32;  // of float16 as well, which is converted as it is packed
   const Microkernel* float64;
-  const Microkernel* bfloat16;  // float32's where the instruction set multiplies no bfloat16
+  const Microkernel* bfloat16;                 // float32's where the instruction set multiplies no bfloat16
+  const Microkernel* float32_parts = nullptr;  // for layers of enough channels; null: none
+  const Microkernel* float16_parts = nullptr;
   const Microkernel& for_dtype(DType t) const {
     return t == DType::kFloat64 ? *float64 : (t == DType::kBFloat16 ? *bfloat16 : *float32);
+  }
+  // By dtype, channels and the pixels of an image: neither the batch nor threads may decide a result's bits.
+  const Microkernel& for_problem(const GemmProblem& p) const {
+    const Microkernel* parts =
+        p.dtype == DType::kFloat32 ? float32_parts : (p.dtype == DType::kFloat16 ? float16_parts : nullptr);
+    const int64_t out = p.a_is_weight ? p.m : p.n, in = p.split_k ? p.m : p.k;
+    const int64_t pixels = p.split_k ? p.k : (p.a_is_weight ? p.n_segment : p.m_segment);
+    const bool pays = in >= kChannelsForParts && out >= kChannelsForParts && pixels >= kPixelsForParts;
+    return parts && pays ? *parts : for_dtype(p.dtype);
   }
 };
 

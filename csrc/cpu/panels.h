@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "plan.h"
+#include "exact.h"
 
 namespace conv1x1 {
 
@@ -16,7 +16,7 @@ template <class T>
 class Panels {
  public:
   Panels(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
-      : p_(problem), plan_(plan), kernel_(*plan.kernel), shared_(shared) {
+      : exact_(problem, *plan.kernel), p_(problem), plan_(plan), kernel_(*plan.kernel), shared_(shared) {
     block_a_ = reinterpret_cast<T*>(own);
     block_b_ = reinterpret_cast<T*>(own + plan.block_a);
     storage_ = static_cast<int>(p_.dtype);
@@ -112,7 +112,7 @@ class Panels {
         pack_rows(is, plan_.m, p_.a, p_.a.row, p_.a.col, k0, nk, [&](int64_t i) { return packed_a(group_, i); });
     for (int64_t i = is.begin; i < is.end; ++i) {
       if (!packed) pack_a(group_, i, k0, nk);
-      if (sums) add_row_sums(i, nk);
+      if (sums) add_row_sums(i, k0, nk);
     }
   }
 
@@ -129,20 +129,27 @@ class Panels {
   }
 
   // Adds the sums of a packed tile's rows to this slice's row sums.
-  void add_row_sums(int64_t i, int64_t nk) {
+  void add_row_sums(int64_t i, int64_t k0, int64_t nk) {
     double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;
     const Tiling::Tile t = plan_.m[i];
-    kernel_.sum_rows(sums + t.start, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
+    double here[kMaxMr] = {};
+    kernel_.sum_rows(here, packed_a(group_, i), ld_packed_a(t), t.size, plan_.steps(nk), plan_.a_access);
+    if (kernel_.parts > 1) exact_.repair_sums(here, true, group_, t, k0, nk);
+    for (int64_t r = 0; r < t.size; ++r) sums[t.start + r] += here[r];
   }
 
-  void add_column_sums(const Range& js, int64_t nk) {
+  void add_column_sums(const Range& js, int64_t k0, int64_t nk) {
     double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.n;
     for (int64_t j = js.begin; j < js.end; ++j) {
       const Tiling::Tile t = plan_.n[j];
-      kernel_.sum_columns(sums + t.start, packed_b(group_, j), t.padded_size, t.size, plan_.steps(nk));
+      double here[kMaxNr] = {};
+      kernel_.sum_columns(here, packed_b(group_, j), t.padded_size, t.size, plan_.steps(nk));
+      if (kernel_.parts > 1) exact_.repair_sums(here, false, group_, t, k0, nk);
+      for (int64_t c = 0; c < t.size; ++c) sums[t.start + c] += here[c];
     }
   }
 
+  ExactSums exact_;
   const GemmProblem& p_;
   const Plan& plan_;
   const Microkernel& kernel_;

@@ -16,10 +16,12 @@ namespace {
 // costs 3 % of the rate on long k, those of 32 twice that; but with 128 errors were up to 3 times stock's, whose narrow
 // layers are sums of many short chains (with 64, too, on narrow ones), and with 256 up to 2.7 times where a single
 // pixel is its dot product. The half types' results are rounded far more coarsely than their sums in float32.
-constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain = 256;
+constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain = 256, kPartsChain = 256;
 constexpr int64_t kLongK = 512;            // from which on chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
+constexpr int64_t kPartsK = 384;           // the same of operands in parts
+constexpr int64_t kLongPartsK = 1024;      // whose panels of a longer k leave too few of them in L2
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
@@ -182,7 +184,8 @@ void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
 // k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
-  const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype);
+  const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
+  if (parts > 1) return kPartsK;
   const int64_t longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2;
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
   const int64_t packed = (p.m + p.n) * dtype_size(plan.kernel->operand);
@@ -193,6 +196,7 @@ int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
 }
 
 int64_t chain(const GemmProblem& p, const Plan& plan) {
+  if (plan.kernel->parts > 1) return kPartsChain;
   if (dtype_size(p.dtype) == 2) return p.k < 2 * kLongK ? kHalfChain : kLongChain * plan.kernel->kr;
   if (p.narrow) return kNarrowChain;
   return p.k >= kLongK ? kLongChain : kChain;
@@ -209,8 +213,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   }
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
-  const int64_t longest =
-      p.split_k ? wgrad_k_step(p, plan) : std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
+  const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
+  const int64_t longest = p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? kLongPartsK : long_panels);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
@@ -283,7 +287,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double multiply = plan.kernel->ks > 1 ? 1.0 / 32 : 0.5;
+  const int parts = plan.kernel->parts, products = parts == 3 ? 6 : parts * parts;  // see amx_tile.inc
+  const double multiply = plan.kernel->ks > 1 ? products / 32.0 : 0.5;
   // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
   const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
   const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
@@ -362,11 +367,15 @@ void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   plan.block_n = ceil_div(plan.reach_n, ceil_div(plan.reach_n, plan.block_n));
 }
 
+// Bytes behind the last panel of A that a tile of fewer than its rows reads.
+int64_t behind_a(const Microkernel& kernel) { return kernel.parts > 1 ? kernel.m_unit * 64 : 0; }
+
 void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   const auto bytes = [](int64_t n) { return round_up(n, 64); };
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   if (!plan.prepacked) {
-    if (plan.a == Operand::kPackOnce) plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element);
+    if (plan.a == Operand::kPackOnce)
+      plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element) + behind_a(*plan.kernel);
     if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
   }
   // A line apart from a round distance, at which panels written side by side would share cache sets.
@@ -428,7 +437,7 @@ GemmProblem with_best_roles(const GemmProblem& p) {
 }
 
 GemmProblem roles_for_packed_weight(const GemmProblem& p, const KernelSet& kernels) {
-  const Microkernel& kernel = kernels.for_dtype(p.dtype);
+  const Microkernel& kernel = kernels.for_problem(p);
   const bool lanes_idle = static_cast<double>(p.n) < 0.85 * static_cast<double>(round_up(p.n, kernel.vector));
   const int64_t least = kernel.kr == 1 ? 128 : 512;  // pays for storing D transposed, and for pairs of narrow panels
   const bool large = p.k >= least && p.m >= least;
@@ -437,7 +446,7 @@ GemmProblem roles_for_packed_weight(const GemmProblem& p, const KernelSet& kerne
 
 Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) {
   Plan plan;
-  plan.kernel = &kernels.for_dtype(p.dtype);
+  plan.kernel = &kernels.for_problem(p);
   plan.isa = kernels.isa;
   plan.streams = !p.pool && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
   // Of an accumulator, and of an element of a panel: KR operands are as wide.
@@ -461,7 +470,8 @@ int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels
   p.packed_weight = &p;  // any: a plan reads no operand
   const Plan plan = make_plan(p, 1, kernels);
   const int64_t columns = p.a_is_weight ? p.m : plan.n.padded();
-  return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype);
+  return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype) +
+         (p.a_is_weight ? behind_a(*plan.kernel) : 0);
 }
 
 }  // namespace conv1x1

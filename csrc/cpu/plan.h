@@ -84,7 +84,7 @@ struct Plan {
   int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
   int64_t steps(int64_t k) const {  // of the microkernel, in panels; whole groups of KS
     const int64_t group = kernel->kr * kernel->ks;
-    return (k + group - 1) / group * kernel->ks;
+    return (k + group - 1) / group * kernel->ks * kernel->parts;
   }
   // Tiles whose accumulators wait for more of k.
   int64_t kept() const { return k_step < slice ? block_m * reach_n : 0; }

@@ -39,8 +39,11 @@ std::vector<py::dict> list() {
     d["name"] = k.name;
     d["isa"] = k.isa;
     d["dtype"] = conv1x1::dtype_name(k.dtype);
-    d["operand"] = conv1x1::dtype_name(k.operand);
-    d["b"] = conv1x1::dtype_name(k.b_in_place);
+    // Of several parts: the dtype of which they are the whole.
+    const char* whole = k.parts == 3 ? "float32" : (k.parts == 2 ? "float16" : nullptr);
+    d["operand"] = whole ? whole : conv1x1::dtype_name(k.operand);
+    d["b"] = whole ? whole : conv1x1::dtype_name(k.b_in_place);
+    d["parts"] = k.parts;
     d["kr"] = k.kr;
     d["ks"] = k.ks;
     d["mr"] = k.mr;
@@ -66,8 +69,9 @@ using Array = py::array_t<T, py::array::c_style>;
 
 // a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P and PB: elements of A
 // and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
-// KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory. A strip of `tiles` tiles has so many times a's
-// and out's rows; it is computed in pieces of k as many chains long.
+// KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory; several parts are further steps of each KS,
+// and a is followed by what is read of rows past the last one. A strip of `tiles` tiles has so many times a's and out's
+// rows; it is computed in pieces of k as many chains long.
 template <class T, class P, class PB>
 Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
                 int64_t tiles = 1) {
@@ -79,14 +83,15 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   if (tiles < 1 || a.shape(0) % tiles != 0) throw std::invalid_argument("no strip of so many tiles");
   const int64_t first = a.shape(0) / tiles, m = rows ? first : a.shape(1), k = rows ? a.shape(1) : first;
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n ||
-      out.shape(0) < m * tiles || out.shape(1) < n || k % kernel.ks != 0 ||
+      out.shape(0) < m * tiles || out.shape(1) < n || k % (kernel.ks * kernel.parts) != 0 ||
       (kernel.ks > 1 && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
     throw std::invalid_argument("shapes do not fit the microkernel");
   const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
+  if (call.fn == nullptr) throw std::invalid_argument("the microkernel has no such access to A");
   for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
-  call.args.chain = 64 / kernel.kr;  // as the library plans it for most layers
+  call.args.chain = 64 / kernel.kr * kernel.parts;  // as the library plans it for most layers
   call.args.piece = call.args.chain * tiles;
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr * tiles));
   call.args.m = m;
@@ -206,7 +211,8 @@ double time_tile(const std::string& name, bool rows, Array<P> a, Array<PB> b, Ar
     const auto begin = std::chrono::steady_clock::now();
     for (int c = 0; c < calls; ++c) call.fn(call.args);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    const double rate = 2.0 * static_cast<double>(call.args.k * kernel.kr * call.args.m * n) * calls / seconds / 1e9;
+    const double k = static_cast<double>(call.args.k * kernel.kr / kernel.parts);
+    const double rate = 2.0 * k * static_cast<double>(call.args.m * n) * calls / seconds / 1e9;
     if (rate > best) best = rate;
   }
   return best;
@@ -218,13 +224,14 @@ void activate(const std::string& name, Array<T> tile, int activation) {
                       static_cast<conv1x1::Activation>(activation));
 }
 
-// As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
+// As the library stores a tile in a half type, where the kernel does: out and residual are their bits. Rows of A, but
+// where the kernel has none.
 void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
                 Array<uint16_t> residual, int64_t n, int64_t tiles, const Splits& splits) {
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
-  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, true, a, b, shape, n, tiles);
+  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, kernel.parts == 1, a, b, shape, n, tiles);
   const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
@@ -233,7 +240,7 @@ void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, A
   call.epilogue.ld_residual = residual.shape(1);
   call.epilogue.lower = -std::numeric_limits<double>::infinity();
   call.epilogue.upper = std::numeric_limits<double>::infinity();
-  call.epilogue.store = conv1x1::Store::kBFloat16;
+  call.epilogue.store = kernel.parts == 2 ? conv1x1::Store::kFloat16 : conv1x1::Store::kBFloat16;
   call.args.epilogue = &call.epilogue;
   call_strip(kernel, call);
 }

@@ -23,7 +23,7 @@ class Worker : private Panels<T> {
  public:
   Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
       : Panels<T>(problem, plan, shared, own) {
-    if (kernel_.finish_pending) std::memset(pending_, 0, sizeof pending_);
+    if (kernel_.finish_pending) std::memset(pending_, 0, kPendingState);
     accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
     tile_ = kernel_.mr * kernel_.nr;
     out_storage_ = static_cast<int>(p_.out_dtype);
@@ -108,7 +108,8 @@ class Worker : private Panels<T> {
   using Base = Panels<T>;
   using Base::add_column_sums;
   using Base::element, Base::packed_a, Base::packed_b, Base::ld_packed_a, Base::pack_block_a, Base::pack_block_b;
-  using Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_, Base::first_b_;
+  using Base::exact_, Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_,
+      Base::first_b_;
 
   void* out_element(void* base, int64_t offset) const {
     return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
@@ -145,7 +146,7 @@ class Worker : private Panels<T> {
             const Range js = next(jc, plan_.block_n, reach_.end);
             first_b_ = js.begin;
             if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
-            if (sums_here_ && p_.exchanged && ic == m.begin) add_column_sums(js, nk);
+            if (sums_here_ && p_.exchanged && ic == m.begin) add_column_sums(js, k0, nk);
             look_ahead(is, next(ic + plan_.block_m, plan_.block_m, m.end), js, k0, nk, begin, end);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
@@ -299,6 +300,16 @@ class Worker : private Panels<T> {
     args.next_c = {static_cast<const char*>(out), count, width * size, width * size};
   }
 
+  // TileArgs::repair, of a tile in parts.
+  struct Repairer {
+    Worker* worker;
+    ExactSums::Sums of;
+  };
+  static void repair_tile(void* repairer, float* sums, int64_t ld, bool finite) {
+    const Repairer& r = *static_cast<const Repairer*>(repairer);
+    r.worker->exact_.repair(sums, ld, finite, r.of);
+  }
+
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
     prepare_columns(js, k0);
@@ -324,6 +335,13 @@ class Worker : private Panels<T> {
         args.b = c.b;
         args.ldb = c.ldb;
         args.n = c.tile.size;
+        if (kernel_.parts > 1) {
+          Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting
+          r = {this, {group_, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}};
+          args.mirrored = p_.b_is_weight;
+          args.repair = repair_tile;
+          args.repairer = &r;
+        }
         args.tiles = strip;
         ahead_.share(tiles_left, args);
         tiles_left -= strip;
@@ -421,7 +439,8 @@ class Worker : private Panels<T> {
     args.c_out = out;
     args.ld_out = ld;
     fn(args);
-    if (kernel_.finish_pending && !(direct && e.residual != residual_)) kernel_.finish_pending(pending_);
+    if (kernel_.finish_pending && (transcendental_ || !direct || e.residual == residual_))
+      kernel_.finish_pending(pending_);
     if (transcendental_) kernel_.activate(out, ld, ti.size * args.tiles, tj.size, p_.activation);
     if (p_.pool)
       pool(staged_, ti, tj);
@@ -449,7 +468,8 @@ class Worker : private Panels<T> {
   }
 
   Epilogue epilogue_, epilogues_[2];
-  int turn_ = 0;
+  int turn_ = 0, repairer_ = 0;
+  Repairer repairers_[2];
   Column columns_[kMaxBlockN];
   alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
   T *accumulators_, *partial_, *staged_, *residual_;

@@ -1,5 +1,6 @@
-// AMX tiles: bfloat16 in pairs along k, 16 x 16 x 32 multiply-adds an instruction. Everything else (packing, epilogue,
-// conversions) in AVX-512, with AVX512-BF16, which every CPU with AMX has. Listed by dispatch.cpp.
+// AMX tiles: bfloat16 in pairs along k, 16 x 16 x 32 multiply-adds an instruction; float32 and float16 as sums of such.
+// Everything else (packing, epilogue, conversions) in AVX-512, with AVX512-BF16, which every CPU with AMX has. Listed
+// by dispatch.cpp.
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -9,6 +10,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -30,11 +32,15 @@ namespace {
 #include "pairs.inc"
 #include "activations.inc"
 #include "amx.inc"
+#include "parts.inc"
+#include "amx_tile.inc"
 // clang-format on
 
-struct AmxBFloat16 : Avx512Float32 {
+struct AmxFloat32 : Avx512Float32 {
   // As AVX512-BF16 does: denormal results are zero here as well.
-  static __m256i half_of(Reg x, bool) { return nearest_bfloat16(x); }
+  static __m256i half_of(Reg x, bool bfloat) {
+    return bfloat ? nearest_bfloat16(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  }
   // Two vectors side by side, as bfloat16: one line, if they lie so.
   using Lanes32 = __mmask32;
   static Lanes32 first_half(int64_t n) { return n >= 32 ? ~Lanes32{0} : (Lanes32{1} << n) - 1; }
@@ -47,32 +53,50 @@ struct AmxBFloat16 : Avx512Float32 {
   }
 };
 
-}  // namespace
-
-Microkernel make_avx512_amx_bfloat16() {
+Microkernel make_tiled(const char* name, int parts) {
   Microkernel kernel{};
-  kernel.name = "bfloat16_32x32_avx512_amx";
+  kernel.name = name;
   kernel.isa = "avx512_amx";
   kernel.dtype = DType::kFloat32;
   kernel.operand = kernel.b_in_place = DType::kBFloat16;
   kernel.kr = 2;
+  kernel.parts = parts;
   kernel.mr = kTiledMr;
   kernel.nr = kTiledNr;
   kernel.vector = kernel.ks = kernel.m_unit = kTile;
   kernel.stores_half = true;
   kernel.splits = true;
-  fill_tiled<AmxBFloat16, AccessA::kRows>(kernel);
-  fill_tiled<AmxBFloat16, AccessA::kCols>(kernel);
+  kernel.activate = activate_tile<float>;
+  kernel.enter = configure_tiles;
+  kernel.leave = release_tiles;
+  kernel.finish_pending = finish_pending<AmxFloat32>;
+  return kernel;
+}
+
+}  // namespace
+
+Microkernel make_avx512_amx_bfloat16() {
+  Microkernel kernel = make_tiled("bfloat16_32x32_avx512_amx", 1);
+  fill_tiled<AmxFloat32, 1, AccessA::kRows>(kernel);
+  fill_tiled<AmxFloat32, 1, AccessA::kCols>(kernel);
   fill_pairs(kernel);
   const int storage = static_cast<int>(DType::kBFloat16);
   kernel.pack_a[static_cast<int>(AccessA::kCols)][storage] = pack_tiled_a;
   kernel.pack_b[storage] = pack_tiled_b;
   kernel.pack_rows[storage] = pack_tiled_rows;  // of B; panels of A have no rows of all tiles
   kernel.sum_rows = sum_tiled_rows;
-  kernel.activate = activate_tile<float>;
-  kernel.enter = configure_tiles;
-  kernel.leave = release_tiles;
-  kernel.finish_pending = finish_pending<AmxBFloat16>;
+  return kernel;
+}
+Microkernel make_avx512_amx_float32() {
+  Microkernel kernel = make_tiled("float32_32x32_avx512_amx", 3);
+  fill_tiled<AmxFloat32, 3, AccessA::kCols>(kernel);
+  fill_parts<3, float>(kernel, DType::kFloat32);
+  return kernel;
+}
+Microkernel make_avx512_amx_float16() {
+  Microkernel kernel = make_tiled("float16_32x32_avx512_amx", 2);
+  fill_tiled<AmxFloat32, 2, AccessA::kCols>(kernel);
+  fill_parts<2, Float16>(kernel, DType::kFloat16);
   return kernel;
 }
 

@@ -3,6 +3,8 @@
 // shared inline function and run it on an older CPU.
 #pragma once
 
+#define CONV1X1_INLINE __attribute__((always_inline))
+
 #define CONV1X1_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define CONV1X1_TARGET_BEGIN(isa) \

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../plan.h"
+#include "isa.h"
 
 namespace conv1x1 {
 namespace {

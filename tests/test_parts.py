@@ -1,0 +1,188 @@
+"""float32 and float16 stay what they are where a kernel multiplies them as sums of bfloat16 (AMX).
+
+Infinities, NaN, zeros and numbers near both ends of the range, in every kernel; and no neighbour changes a bit.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conv1x1_ext import Conv1x1, conv1x1
+
+pytestmark = pytest.mark.cpu_only(reason="the CPU's kernels")
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=list(LAYOUTS))
+def layout(request):
+    return request.param
+
+
+def make(layout, dtype=torch.float32, n=3, c_in=96, c_out=80, size=7):
+    """Images and a weight of more than one tile, chain and group of k, none of them whole."""
+    x = torch.randn(n, c_in, size, size).to(dtype).to(memory_format=layout)
+    return x, (torch.randn(c_out, c_in, 1, 1) / c_in**0.5).to(dtype)
+
+
+def exact(x, w):
+    return F.conv2d(x.double(), w.double())
+
+
+def check(y, reference, x, w):
+    """What a chain of float32 multiply-adds may be off by; and numbers below 2^-134 may count as zero."""
+    x, w = (t.abs().nan_to_num(0, 0, 0) for t in (x, w))
+    stored = torch.finfo(y.dtype)
+    allowed = 64 * torch.finfo(torch.float32).eps * exact(x, w)
+    allowed = allowed + stored.eps * (reference.abs() + stored.smallest_normal)
+    allowed = allowed + 2.0**-134 * (1 + exact(x, torch.ones_like(w)) + exact(torch.ones_like(x), w))
+    rounded = reference.to(y.dtype)
+    assert torch.equal(y.isnan(), rounded.isnan())
+    assert torch.equal(y.isinf(), rounded.isinf()) and torch.equal(y[y.isinf()], rounded[y.isinf()])
+    finite = y.isfinite()
+    assert ((y.double() - reference).abs() <= allowed)[finite].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, "largest"])
+@pytest.mark.parametrize("where", ["x", "w", "both"])
+def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, dtype, bad, where):
+    x, w = make(layout, dtype)
+    clean = conv1x1(x, w)
+    bad = torch.finfo(dtype).max if bad == "largest" else bad
+    touched = torch.zeros_like(clean, dtype=torch.bool)
+    if where in ("x", "both"):
+        x[1, 17, 3, 4] = x[2, 95, 6, 6] = bad
+        touched[1, :, 3, 4] = touched[2, :, 6, 6] = True
+    if where in ("w", "both"):
+        w[5, 40] = w[79, 3] = bad
+        touched[:, [5, 79]] = True
+    y = conv1x1(x, w)
+    check(y, exact(x, w), x, w)
+    assert torch.equal(y[~touched], clean[~touched])
+
+
+def test_zero_times_infinity_is_nan(layout):
+    x, w = make(layout)
+    x[0, 3, 0, 0], w[7, 3] = INF, 0
+    assert conv1x1(x, w)[0, 7, 0, 0].isnan()
+
+
+def test_sums_that_overflow_are_infinite(layout):
+    x, w = make(layout)
+    x[1], w[:] = 1e38, 1
+    w[3] = -1
+    y = conv1x1(x, w)[1]
+    assert (y[3] == -INF).all() and (y[[0, 1, 2, 4, 79]] == INF).all()
+
+
+@pytest.mark.parametrize(
+    "scales", [(-140, 0), (-126, 0), (-100, -20), (-60, -60), (-40, -90), (-90, 25), (90, -60), (100, 20)]
+)
+def test_numbers_at_the_ends_of_the_range(layout, scales):
+    """Products of parts that are too small for a tile, and operands too large for the first part times the weight."""
+    x, w = make(layout)
+    x, w = x * 2.0 ** scales[0], w * 2.0 ** scales[1]
+    check(conv1x1(x, w), exact(x, w), x, w)
+
+
+def test_small_numbers_beside_ordinary_ones(layout):
+    """A pixel and an output channel whose numbers are small; a small number that alone meets no zero."""
+    x, w = make(layout)
+    x[0, :, 2, 2] *= 2.0**-110
+    w[9] *= 2.0**-90
+    x[1, :, 5, 5], w[11, 8] = 0, 1
+    x[1, 8, 5, 5] = 2.0**-130
+    y = conv1x1(x, w)
+    check(y, exact(x, w), x, w)
+    assert y[1, 11, 5, 5] == 2.0**-130
+
+
+def test_zeros_stay_zero(layout):
+    x, w = make(layout)
+    x[1], w[30] = 0, 0
+    y = conv1x1(x, w)
+    assert (y[1] == 0).all() and (y[:, 30] == 0).all() and (y[0, :30] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype):
+    x, w = make(layout, dtype, n=5)
+    alone = conv1x1(x[2:3].clone(memory_format=layout), w)
+    for value in (NAN, INF, 0.0, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max):
+        x[[0, 1, 3, 4]] = value
+        assert torch.equal(conv1x1(x, w)[2:3], alone), value
+
+
+def test_gradients_keep_special_values_apart(layout):
+    x, w = make(layout, n=4)
+    b = torch.randn(80)
+    dy = torch.randn(4, 80, 7, 7).to(memory_format=layout)
+    clean = [t.clone().requires_grad_() for t in (x, w, b)]
+    expected = torch.autograd.grad(conv1x1(*clean), clean, dy)
+    dy[1, 6, 0, 0], dy[2, 50, 3, 3], dy[3, 51, 1, 1] = INF, NAN, torch.finfo(torch.float32).max / 16
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    dx, dw, db = torch.autograd.grad(conv1x1(*leaves), leaves, dy)
+    others = [c for c in range(80) if c not in (6, 50, 51)]
+    assert torch.equal(dw[others], expected[1][others]) and torch.equal(db[others], expected[2][others])
+    assert db[6] == INF and db[50].isnan()
+    assert not dw[6].isfinite().any() and dw[50].isnan().all()
+    torch.testing.assert_close(db[51].double(), dy[:, 51].double().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        dw[51, :, 0, 0].double(), torch.einsum("nhw,nchw->c", dy[:, 51].double(), x.double()), rtol=1e-5, atol=0
+    )
+    touched = torch.zeros(4, 7, 7, dtype=torch.bool)
+    touched[1, 0, 0] = touched[2, 3, 3] = touched[3, 1, 1] = True
+    touched = touched[:, None].expand_as(dx)
+    assert torch.equal(dx[~touched], expected[0][~touched])
+    assert dx[2, :, 3, 3].isnan().all() and not dx[1, :, 0, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-110, 2.0**-140])
+def test_small_gradients(layout, scale):
+    """As those of a mean over very many elements; dbias as well."""
+    x, w = make(layout)
+    dy = torch.randn(3, 80, 7, 7).to(memory_format=layout) * scale
+    dy[:, 13] = 0
+    leaves = [t.clone().requires_grad_() for t in (x, w, torch.zeros(80))]
+    dx, dw, db = torch.autograd.grad(conv1x1(*leaves), leaves, dy)
+    check(dx, exact(dy, w.transpose(0, 1)), dy, w.transpose(0, 1))
+    pixels = dy.transpose(0, 1).reshape(1, 80, -1, 1).transpose(1, 2)  # wgrad as a convolution over the pixels
+    channels = x.transpose(0, 1).reshape(96, -1, 1, 1)
+    check(dw.reshape(80, 96).t()[None, :, :, None], exact(pixels, channels), pixels, channels)
+    assert (dw[13] == 0).all() and db[13] == 0
+    torch.testing.assert_close(db.double(), dy.double().sum((0, 2, 3)), rtol=0, atol=1e-5 * scale + 2.0**-126)
+
+
+def test_float16_products_are_exact(layout):
+    """Sums of two products of eleven bits each, whose lowest bits decide the result."""
+    x, w = make(layout, torch.float16, c_in=64, c_out=64)
+    x[:], w[:] = 0, 0
+    a = 1 + 2.0**-10
+    x[:, 0], w[:, 0] = a, a  # 1 + 2^-9 + 2^-20
+    x[:, 1], w[:, 1] = -1, 1 + 2.0**-9
+    assert (conv1x1(x, w) == 2.0**-20).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_panels_made_beforehand_keep_special_values(layout, dtype):
+    x, w = make(layout, dtype)
+    w[3, 8], w[60, 90], w[61] = INF, NAN, w[61] * 2.0**-12
+    module = Conv1x1(96, 80, bias=False).to(dtype).to(memory_format=layout).eval()
+    with torch.no_grad():
+        module.weight.copy_(w)
+        expected = module(x)
+        module.prepack(x)
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=0, equal_nan=True)
+        check(expected, exact(x, w), x, w)
+
+
+@pytest.mark.parametrize("k", [32, 96, 256, 300, 1024, 1100, 2048])
+def test_float32_is_no_less_accurate_than_twice_stock(layout, k):
+    x, w = make(layout, c_in=k, c_out=64)
+    for inputs in (x, x.abs()):
+        reference = exact(inputs, w)
+        error = [(y.double() - reference).norm() / reference.norm() for y in (conv1x1(inputs, w), F.conv2d(inputs, w))]
+        assert error[0] <= 2 * error[1], error
