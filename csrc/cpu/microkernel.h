@@ -45,7 +45,7 @@
 
 namespace conv1x1 {
 
-constexpr int64_t kChannelsForParts = 32, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
+constexpr int64_t kChannelsForParts = 64, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
 constexpr uint32_t kDoubtfulBelow = 0x21800000;                  // the bits of 2^-60
 constexpr uint32_t kSmallBelow = 0x27800000;  // of 2^-48: products of larger numbers keep all their parts
 constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4;
