@@ -1,8 +1,10 @@
 """Every microkernel by itself, operands in cache: GFLOP/s and % of the multiply-add ceiling of its own kind.
 
-``python -m bench.microkernel``. One thread runs whole tiles of a microkernel over and over (csrc/cpu/table_pybind.cpp,
-``time``), with either access to A, for several k. Each round takes a sample of every microkernel and of each ceiling
-(same instruction set and dtype, registers only) in turn. Each tile is checked once against float64 before it is timed.
+``python -m bench.microkernel``. One thread runs whole tiles of a microkernel over and over
+(csrc/cpu/table_pybind.cpp, ``time``), with either access to A, for several k. Each round takes a sample of every
+microkernel and of each ceiling (same instruction set and dtype, registers only) in turn. Operands in several parts
+count as the multiply-adds that they stand for, and so does their ceiling. Each tile is checked once against float64
+before it is timed.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from rich.table import Table
 
 from bench import ceiling
 from bench.harness import describe_run, settle
-from bench.microkernel_table import load_table
+from bench.microkernel_table import in_parts, load_table
 
 SAMPLE_SECONDS = 0.002
+PRODUCTS = {1: 1, 2: 4, 3: 6}  # of bfloat16, for one of operands in so many parts
 
 
 def pairs(x: Any) -> Any:
@@ -57,16 +60,22 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
     b = generator.standard_normal((k, kernel["nr"])).astype(kernel["dtype"])
     c = np.zeros((kernel["mr"], kernel["nr"]), kernel["dtype"])
     expected = a.astype(np.float64) @ b.astype(np.float64)
-    if kernel["kr"] == 2:  # bfloat16 in pairs along k
+    if kernel["parts"] > 1:  # of A (groups, parts, m, 16) in memory
+        if kernel["operand"] == "float16":
+            a, b = (x.astype(np.float16).astype(np.float32) for x in (a, b))
+            expected = a.astype(np.float64) @ b.astype(np.float64)
+        a = in_parts(np.ascontiguousarray(a.T), kernel["parts"]).swapaxes(2, 3).reshape(-1, kernel["mr"])
+        b = in_parts(b, kernel["parts"]).reshape(-1, kernel["nr"])
+    elif kernel["kr"] == 2:  # bfloat16 in pairs along k
         a, b = (torch.from_numpy(x).bfloat16().float().numpy() for x in (a, b))
         expected = a.astype(np.float64) @ b.astype(np.float64)
         a, b = (pairs(a.T).T, pairs(b))
-    if kernel["b"] == "float16":
+    elif kernel["b"] == "float16":
         b = b.astype(np.float16)
         expected = a.astype(np.float64) @ b.astype(np.float64)
         b = b.view(np.uint16)
-    steps = a.shape[1]
-    if not rows:  # (k / KS, m, KS) in memory
+    if not rows and kernel["parts"] == 1:  # (k / KS, m, KS) in memory
+        steps = a.shape[1]
         a = a.reshape(kernel["mr"], -1, kernel["ks"]).swapaxes(0, 1).reshape(steps, kernel["mr"])
     a, b, c = aligned(a), aligned(b), aligned(c)
     load_table().run(kernel["name"], rows, a, b, c, kernel["nr"])
@@ -76,17 +85,25 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
     return a, b, c
 
 
+def kind(kernel: dict[str, Any]) -> tuple[str, str]:
+    """Instruction set and dtype of its multiply-adds."""
+    return kernel["isa"], "bfloat16" if kernel["parts"] > 1 else kernel["operand"]
+
+
 def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, Any]]:
     """One entry for each microkernel, access and k."""
     table = load_table()
     cases = [
-        (kernel, rows, k, operands(kernel, rows, k)) for kernel in table.list() for rows in (True, False) for k in ks
+        (kernel, rows, k, operands(kernel, rows, k))
+        for kernel in table.list()
+        for rows in ((True, False) if kernel["parts"] == 1 else (False,))
+        for k in ks
     ]
     calls = []
     for kernel, rows, k, (a, b, c) in cases:
         gflops = table.time(kernel["name"], rows, a, b, c, kernel["nr"], 3, 200)
         calls.append(max(1, int(SAMPLE_SECONDS * gflops * 1e9 / (2 * k * kernel["mr"] * kernel["nr"]))))
-    kinds = list(dict.fromkeys((kernel["isa"], kernel["operand"]) for kernel, *_ in cases))
+    kinds = list(dict.fromkeys(kind(kernel) for kernel, *_ in cases))
     samples: list[list[float]] = [[] for _ in cases]
     peaks: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     settle()
@@ -97,7 +114,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
             own.append(table.time(kernel["name"], rows, a, b, c, kernel["nr"], 1, count))
     results = []
     for own, (kernel, rows, k, _) in zip(samples, cases, strict=True):
-        peak = peaks[kernel["isa"], kernel["operand"]]
+        peak = [rate / PRODUCTS[kernel["parts"]] for rate in peaks[kind(kernel)]]
         results.append(
             {
                 "kernel": kernel["name"],

@@ -68,3 +68,20 @@ def load_table(
     sources = [config.CSRC / source for source in config.TABLE_SOURCES]
     module: ModuleType = build_extension(name, [*sources, *more_sources], [*config.CXX_FLAGS, *more_flags])
     return module
+
+
+def in_parts(x: Any, parts: int) -> Any:
+    """(k, n) as (groups of 32 k, parts, 16, n) pairs of bfloat16, k and k + 16: their sum over the parts is x.
+
+    As the library makes panels for kernels of several parts (csrc/cpu/microkernels/parts.inc), zeros behind k.
+    """
+    import numpy as np
+
+    x = np.pad(x, [(0, -len(x) % 32), (0, 0)]).reshape(-1, 2, 16, x.shape[1])
+    panels = []
+    for part in range(parts):
+        bits = (x.view(np.uint32) + (0x8000 if part == 0 else 0)) >> 16  # the first one to nearest
+        panels.append(bits[:, 0] | bits[:, 1] << 16)
+        x = np.ascontiguousarray(x - (bits << 16).view(np.float32))
+    assert not np.nan_to_num(x).any(), "not exact"
+    return np.stack(panels, axis=1)

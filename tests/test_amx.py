@@ -48,6 +48,7 @@ PARTS = {
     "packed weight": ("test_packed_weight.py", "bfloat16"),
     "avg pool": ("test_avg_pool.py", "bfloat16"),
     "edges": ("test_edges.py", ""),
+    "parts": ("test_parts.py", ""),
     "strides": ("test_strides.py", "bfloat16"),
     "isa": ("test_isa.py", "avx512_amx or default or explain"),
 }

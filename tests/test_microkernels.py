@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import Guarded
 
+from bench.microkernel_table import in_parts
+
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
@@ -77,18 +79,6 @@ def in_groups(pairs, axis, ks):
     zeros = [(0, 0), (0, 0)]
     zeros[axis] = (0, -pairs.shape[axis] % ks)
     return np.pad(pairs, zeros)
-
-
-def in_parts(x, parts):
-    """(k, n) as (groups of 32 k, parts, 16, n) pairs of bfloat16, k and k + 16: their sum over the parts is x."""
-    x = np.pad(x, [(0, -len(x) % 32), (0, 0)]).reshape(-1, 2, 16, x.shape[1])
-    panels = []
-    for part in range(parts):
-        bits = bfloat16_bits(x).astype(np.uint32) if part == 0 else x.view(np.uint32) >> 16
-        panels.append(bits[:, 0] | bits[:, 1] << 16)
-        x = np.ascontiguousarray(x - (bits << 16).view(np.float32))
-    assert not np.nan_to_num(x).any(), "not exact"
-    return np.stack(panels, axis=1)
 
 
 def readable_behind(x, count):

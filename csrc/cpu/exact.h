@@ -19,11 +19,11 @@ class ExactSums {
   }
 
   // A tile: its sums over k [k0, k0 + nk), and the panels that they were computed from.
-  struct Sums {
-    int64_t group = 0, k0 = 0, nk = 0;
-    Tiling::Tile ti{}, tj{};
-    const void *a = nullptr, *b = nullptr;
-    int64_t lda = 0, ldb = 0, steps = 0;
+  struct Sums {  // without initial values, which small calls would feel
+    int64_t group, k0, nk;
+    Tiling::Tile ti, tj;
+    const void *a, *b;
+    int64_t lda, ldb, steps;
   };
 
   // Those of them that are doubtful.
@@ -121,8 +121,7 @@ class ExactSums {
   }
 
   bool has_small(Known& known, const void* panel, int64_t ld, int64_t steps) const {
-    if (known.small == Known::kUnknown)
-      known.small = kernel_.has_small(panel, ld, steps) ? Known::kYes : Known::kNo;
+    if (known.small == Known::kUnknown) known.small = kernel_.has_small(panel, ld, steps) ? Known::kYes : Known::kNo;
     return known.small == Known::kYes;
   }
 
