@@ -110,6 +110,10 @@ def test_zeros_stay_zero(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype):
     x, w = make(layout, dtype, n=5)
+    x[2, :, 6, 6] = 0
+    x[2, 5, 6, 6] = 2.0**-140
+    x[2, :, 5, 5] = 2.0**-48 * (1 - 2.0**-12)  # small, or, once rounded to bfloat16, just not
+    w[7] *= 2.0**-20
     alone = conv1x1(x[2:3].clone(memory_format=layout), w)
     for value in (NAN, INF, 0.0, torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max):
         x[[0, 1, 3, 4]] = value

@@ -140,7 +140,9 @@ class ExactSums {
         for (int64_t s = 0; s < n; ++s) {
           const uint32_t magnitude = magnitude_of(of_a ? x[i * kChunk + s] : x[s * kLanes + i]);
           nan |= magnitude > kInfinity;
-          small |= magnitude - 1 < kSmallBelow - 1;
+          // As has_small() finds it in a panel, or a neighbour that is small would decide what is done here.
+          const uint32_t first_part = (magnitude + 0x8000) >> 16;
+          small |= first_part - 1 < (kSmallBelow >> 16) - 1;
         }
         known.kinds.nan |= nan << i;
         known.kinds.small |= small << i;

@@ -105,7 +105,8 @@ std::string describe(const GemmProblem& problem, const Plan& plan);
 
 // For a weight that stays the same over many calls: how many bytes its panels take (zero: the kernels read this weight
 // in place, or the problem, a wgrad, has none), and making them, at an address aligned to 64 bytes. They depend on the
-// weight, its role and the instruction set, not on pixels, batch or threads; GemmProblem::packed_weight takes them.
+// weight, its role and the microkernel (which few pixels an image may decide), not on batch or threads;
+// GemmProblem::packed_weight takes them.
 int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels);
 void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* panels);
 
