@@ -85,7 +85,7 @@ def operands(kernel: dict[str, Any], rows: bool, k: int) -> tuple[Any, Any, Any]
     return a, b, c
 
 
-def kind(kernel: dict[str, Any]) -> tuple[str, str]:
+def arithmetic_of(kernel: dict[str, Any]) -> tuple[str, str]:
     """Instruction set and dtype of its multiply-adds."""
     return kernel["isa"], "bfloat16" if kernel["parts"] > 1 else kernel["operand"]
 
@@ -103,7 +103,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
     for kernel, rows, k, (a, b, c) in cases:
         gflops = table.time(kernel["name"], rows, a, b, c, kernel["nr"], 3, 200)
         calls.append(max(1, int(SAMPLE_SECONDS * gflops * 1e9 / (2 * k * kernel["mr"] * kernel["nr"]))))
-    kinds = list(dict.fromkeys(kind(kernel) for kernel, *_ in cases))
+    kinds = list(dict.fromkeys(arithmetic_of(kernel) for kernel, *_ in cases))
     samples: list[list[float]] = [[] for _ in cases]
     peaks: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     settle()
@@ -114,7 +114,7 @@ def measure(ks: Sequence[int], rounds: int, console: Console) -> list[dict[str, 
             own.append(table.time(kernel["name"], rows, a, b, c, kernel["nr"], 1, count))
     results = []
     for own, (kernel, rows, k, _) in zip(samples, cases, strict=True):
-        peak = [rate / PRODUCTS[kernel["parts"]] for rate in peaks[kind(kernel)]]
+        peak = [rate / PRODUCTS[kernel["parts"]] for rate in peaks[arithmetic_of(kernel)]]
         results.append(
             {
                 "kernel": kernel["name"],
