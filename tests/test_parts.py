@@ -22,7 +22,7 @@ def layout(request):
 
 
 def make(layout, dtype=torch.float32, n=3, c_in=96, c_out=80, size=7):
-    """Images and a weight of more than one tile, chain and group of k, none of them whole."""
+    """Images and a weight of more than one tile, none of them whole."""
     x = torch.randn(n, c_in, size, size).to(dtype).to(memory_format=layout)
     return x, (torch.randn(c_out, c_in, 1, 1) / c_in**0.5).to(dtype)
 
@@ -48,8 +48,9 @@ def check(y, reference, x, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, "largest"])
 @pytest.mark.parametrize("where", ["x", "w", "both"])
-def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, dtype, bad, where):
-    x, w = make(layout, dtype)
+@pytest.mark.parametrize("c_in", [96, 1100])  # 1100: several chains, and several pieces of k
+def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, dtype, bad, where, c_in):
+    x, w = make(layout, dtype, c_in=c_in)
     clean = conv1x1(x, w)
     bad = torch.finfo(dtype).max if bad == "largest" else bad
     touched = torch.zeros_like(clean, dtype=torch.bool)
@@ -90,7 +91,7 @@ def test_numbers_at_the_ends_of_the_range(layout, scales):
 
 def test_small_numbers_beside_ordinary_ones(layout):
     """A pixel and an output channel whose numbers are small; a small number that alone meets no zero."""
-    x, w = make(layout)
+    x, w = make(layout, c_in=1100)
     x[0, :, 2, 2] *= 2.0**-110
     w[9] *= 2.0**-90
     x[1, :, 5, 5], w[11, 8] = 0, 1
