@@ -21,7 +21,7 @@ constexpr int64_t kLongK = 512;            // from which on chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
 constexpr int64_t kPartsK = 384;           // the same of operands in parts
-constexpr int64_t kLongPartsK = 1024;      // whose panels of a longer k leave too few of them in L2
+constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
@@ -214,7 +214,8 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
-  const int64_t longest = p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? kLongPartsK : long_panels);
+  const int64_t longest =
+      p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? kLongParts / plan.kernel->parts : long_panels);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
@@ -245,14 +246,16 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  // Room for the next block beside it, where that leaves enough columns for each pass over A.
-  const int64_t panel = nr * steps * element, half = l2 / 2 / panel, quarter = l2 / 4 / panel;
+  // Room for the next block beside it, where that leaves enough columns for each pass over A; of operands in parts, of
+  // which L1 holds neither, for the whole block of A.
+  const bool in_parts = plan.kernel->parts > 1;
+  const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
   const int64_t fit = clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
   plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
   if (plan.a == Operand::kPackBlock) {  // a large one where all of B passes by it once more for each
-    const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n < tiles_n ? l2 / 2 : l2 / 8);
+    const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
   }
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
