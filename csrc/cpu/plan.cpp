@@ -20,7 +20,8 @@ constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain =
 constexpr int64_t kLongK = 512;            // from which on chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
-constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k
+constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
+constexpr int64_t kLongRows = 2048;        // ... and at least as long
 constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
@@ -185,7 +186,8 @@ void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
-  if (parts > 1) return p.b.col.inner_stride() == 1 ? kPartsChain : kPartsK;
+  // A chain at a time; more where rows along k are long enough to be read from memory faster so.
+  if (parts > 1) return p.b.row.inner_stride() == 1 && p.b.row.inner_size() >= kLongRows ? kPartsK : kPartsChain;
   const int64_t longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2;
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
   const int64_t packed = (p.m + p.n) * dtype_size(plan.kernel->operand);
