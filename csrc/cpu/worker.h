@@ -172,7 +172,7 @@ class Worker : private Panels<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see fetch_next_rows
+    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
@@ -280,24 +280,37 @@ class Worker : private Panels<T> {
   // With AMX: what the next row of tiles will read of A and be stored to, in the order in which it lies in memory. Each
   // of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that are
   // packed, by look_ahead), because products take so few cycles that memory would hold them up.
-  void fetch_next_rows(const Range& is, int64_t i, const Range& js, int64_t j, int64_t nk, const void* const* rows,
-                       TileArgs& args) const {
-    args.next_a.rows = args.next_c.rows = 0;
-    if (kernel_.ks == 1 || i + 1 >= is.end) return;
-    const int64_t m = args.m, calls = js.end - js.begin, each = (m + calls - 1) / calls, from = j * each;
-    const int64_t count = m - from < each ? m - from : each;
-    if (count <= 0) return;
+  struct NextRows {
+    Fetch a, c;                  // of all its rows
+    int64_t rows = 0, each = 0;  // for each call
+  };
+
+  NextRows next_rows(const Range& is, int64_t i, const Range& js, int64_t nk, const void* const* rows) const {
+    NextRows next;
+    if (kernel_.ks == 1 || i + 1 >= is.end) return next;
+    const int64_t m = plan_.m[i].size, calls = js.end - js.begin;
+    next.rows = m;
+    next.each = (m + calls - 1) / calls;
     if (plan_.a == Operand::kDirect && !p_.a_is_weight) {
       const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
-      args.next_a = {static_cast<const char*>(rows[0]) + (m + from) * pitch, count, pitch, nk * dtype_size(p_.dtype)};
+      next.a = {static_cast<const char*>(rows[0]) + m * pitch, m, pitch, nk * dtype_size(p_.dtype)};
     }
     // Rows of D that are one stretch of memory.
     const Column &first = columns_[0], &last = columns_[calls - 1];
     const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
-    if (!all_unit_ || !p_.d.row.linear() || p_.d.row.stride[0] != width || streams_) return;
-    const int64_t row = plan_.m[i].start + m + from;
-    const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + row * width + first.out);
-    args.next_c = {static_cast<const char*>(out), count, width * size, width * size};
+    if (!all_unit_ || !p_.d.row.linear() || p_.d.row.stride[0] != width || streams_) return next;
+    const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + (plan_.m[i].start + m) * width + first.out);
+    next.c = {static_cast<const char*>(out), m, width * size, width * size};
+    return next;
+  }
+
+  static void fetch_share(const NextRows& next, int64_t call, TileArgs& args) {
+    const int64_t from = call * next.each, left = next.rows - from, count = left < next.each ? left : next.each;
+    const auto part = [&](const Fetch& all) {
+      return all.rows == 0 || count <= 0 ? Fetch() : Fetch{all.first + from * all.pitch, count, all.pitch, all.width};
+    };
+    args.next_a = part(next.a);
+    args.next_c = part(next.c);
   }
 
   // TileArgs::repair, of a tile in parts.
@@ -327,6 +340,7 @@ class Worker : private Panels<T> {
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       strip = first && last && all_unit_ ? strip_from(i, is.end, args) : 1;
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
+      const NextRows next = next_rows(is, i, js, nk, rows);
       for (int64_t j = 0; j < js.end - js.begin; ++j) {
         const Column& c = columns_[j];
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
@@ -345,7 +359,7 @@ class Worker : private Panels<T> {
         args.tiles = strip;
         ahead_.share(tiles_left, args);
         tiles_left -= strip;
-        fetch_next_rows(is, i, js, j, nk, rows, args);
+        if (next.rows > 0) fetch_share(next, j, args);
         args.c_in = first ? nullptr : sum;
         args.ld_in = kernel_.nr;
         if (last) {
