@@ -23,6 +23,8 @@ constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, wh
 constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
 constexpr int64_t kLongRows = 2048;        // ... and at least as long
 constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
+constexpr int64_t kLongPartsFew = 3072;    // the same where an image's pixels are two panels at most,
+constexpr int64_t kFewPixels = 64;         // which are then packed once while a weight's pass by
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
@@ -216,8 +218,9 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
+  const int64_t long_parts = p.a_is_weight && p.n_segment <= kFewPixels ? kLongPartsFew : kLongParts;
   const int64_t longest =
-      p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? kLongParts / plan.kernel->parts : long_panels);
+      p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? long_parts / plan.kernel->parts : long_panels);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
@@ -343,10 +346,11 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
 // Panels brought by the caller are copied where many rows are multiplied with them: what two cores read at once comes
 // to neither as fast.
 void pack_where_used(Plan& plan, int64_t k, int64_t element) {
-  if (plan.k_step != k) return;
+  const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != k;
+  if (pieces && !one_block) return;  // B would be packed again for each block
   const int64_t panels = plan.n.padded() * plan.steps(k) * element;
   if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
-      (plan.block_m >= ceil_div(plan.m.count(), plan.part_m) || plan.block_n >= plan.n.count()) &&
+      (one_block || plan.block_n >= plan.n.count()) &&
       (!plan.prepacked || (plan.kernel->ks == 1 && plan.part_m > 1 &&
                            plan.m.most(plan.m.count()) * plan.m.unit >= kRowsToCopy * plan.part_m)))
     plan.b = Operand::kPackBlock;
@@ -356,7 +360,7 @@ void pack_where_used(Plan& plan, int64_t k, int64_t element) {
   if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
     plan.a = Operand::kPackBlock;
-    plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
+    if (!pieces) plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
   }
 }
 
