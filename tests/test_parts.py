@@ -121,6 +121,14 @@ def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype):
         assert torch.equal(conv1x1(x, w)[2:3], alone), value
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("c_in", "size"), [(80, 9), (1100, 7), (1100, 12), (2080, 7)])
+def test_bits_do_not_depend_on_the_layout(c_in, size, dtype):
+    x = torch.randn(3, c_in, size, size).to(dtype)
+    w = (torch.randn(72, c_in, 1, 1) / c_in**0.5).to(dtype)
+    assert torch.equal(conv1x1(x, w), conv1x1(x.to(memory_format=torch.channels_last), w))
+
+
 def test_gradients_keep_special_values_apart(layout):
     x, w = make(layout, n=4)
     b = torch.randn(80)
