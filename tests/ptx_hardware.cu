@@ -44,16 +44,16 @@ __global__ void mma(const uint32_t* a_in, const uint32_t* b_in, float* d_inout, 
   for (int i = 0; i < 4; ++i) d_inout[lane * 4 + i] = d[i];
 }
 
-// Lane l copies the first valid[l] bytes of chunk l. Two groups, the even lanes' chunks in the second.
+// Lane l copies chunk l where valid[l], else zeros. Two groups, the even lanes' chunks in the second.
 template <int kBytes>
 __global__ void cp_async(const uint8_t* in, const int* valid, uint8_t* out) {
   __shared__ __align__(16) uint8_t chunks[kLanes * kBytes];
   const int lane = threadIdx.x;
   for (int i = 0; i < kBytes; ++i) chunks[lane * kBytes + i] = 0xff;
   __syncwarp();
-  if (lane % 2 == 1) ptx::cp_async<kBytes>(chunks + lane * kBytes, in + lane * kBytes, valid[lane]);
+  if (lane % 2 == 1) ptx::cp_async<kBytes>(chunks + lane * kBytes, in + lane * kBytes, valid[lane] != 0);
   ptx::cp_async_commit();
-  if (lane % 2 == 0) ptx::cp_async<kBytes>(chunks + lane * kBytes, in + lane * kBytes, valid[lane]);
+  if (lane % 2 == 0) ptx::cp_async<kBytes>(chunks + lane * kBytes, in + lane * kBytes, valid[lane] != 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncwarp();

@@ -115,12 +115,11 @@ def test_mma(hardware, values, dtype):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_cp_async_fills_with_zeros(hardware, size):
-    for first in range(size + 1):
+    for _ in range(8):
         data = torch.randint(1, 255, (32, size), dtype=torch.uint8, device="cpu")
-        valid = ((torch.arange(32, device="cpu") + first) % (size + 1)).to(torch.int32)
+        valid = torch.randint(0, 2, (32,), dtype=torch.int32, device="cpu")
         out = call(hardware.run_cp_async, data, valid, torch.full_like(data, 0xEE), size)[2]
-        kept = torch.arange(size, device="cpu")[None] < valid[:, None]
-        assert torch.equal(out, torch.where(kept, data, torch.zeros_like(data)))
+        assert torch.equal(out, torch.where(valid[:, None] > 0, data, torch.zeros_like(data)))
 
 
 def to_tf32(t):

@@ -41,22 +41,19 @@ struct DeviceAxis {
   FastDivmod size[3];  // of all but the outermost dimension
   int64_t stride[4] = {0, 0, 0, 0}, aux_stride[4] = {0, 0, 0, 0};
 
+  // Most axes are linear. The rest is a loop that is not unrolled: it is in every loader, several times.
   __device__ __forceinline__ Offsets at(uint32_t index) const {
     Offsets o{0, 0};
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      if (d + 1 >= nd) {
-        o.data += static_cast<int64_t>(index) * stride[d];
-        o.aux += static_cast<int64_t>(index) * aux_stride[d];
-        return o;
-      }
+    int d = 0;
+#pragma unroll 1
+    for (; d + 1 < nd; ++d) {
       const uint32_t outer = size[d].quotient(index), i = index - outer * size[d].divisor;
       o.data += static_cast<int64_t>(i) * stride[d];
       o.aux += static_cast<int64_t>(i) * aux_stride[d];
       index = outer;
     }
-    o.data += static_cast<int64_t>(index) * stride[3];
-    o.aux += static_cast<int64_t>(index) * aux_stride[3];
+    o.data += static_cast<int64_t>(index) * stride[d];
+    o.aux += static_cast<int64_t>(index) * aux_stride[d];
     return o;
   }
 };
@@ -67,8 +64,11 @@ struct Operand {
   const void* aux = nullptr;  // the saved output that masks it
   DeviceAxis mn, k;
   uint32_t mn_count = 0;
-  int chunk = 1;        // elements that may be copied at once along the tile's contiguous index
-  bool k_unit = false;  // that index is k
+  // 2^chunk_log2 elements may be copied at once along the tile's contiguous index. Tensor-core kernels: the index's
+  // count is a multiple of it, so that a chunk exists or does not.
+  int chunk_log2 = 0;
+  bool k_unit = false;   // that index is k
+  bool streams = false;  // copied in whole vectors, and linear along k: tensor-core kernels only move pointers on
   int64_t group_stride = 0, aux_group_stride = 0, image_stride = 0;
 };
 
@@ -86,12 +86,14 @@ struct GemmParams {
   uint32_t m = 0, n = 0, k = 0;
   uint32_t groups = 1, images = 1;  // images > 1 only where each is a GEMM of its own (average pooling)
   uint32_t tiles_m = 1, tiles_n = 1;
-  bool m_fastest =
-      false;  // order of the tiles: the index with fewer tiles runs first, so that L2 serves the other operand
+  // Order of the tiles: the index with fewer of them runs first, so that L2 serves the other operand.
+  bool m_fastest = false;
+  FastDivmod inner_tiles, outer_tiles, per_group, per_image;  // a block's number, taken apart from the innermost on
   uint32_t slices = 1, slice = 0;
   Mask mask = Mask::kNone;
   Activation activation = Activation::kNone;
   float lower = 0, upper = 0;  // none, ReLU and ReLU6 as a range
+  bool rare = false;           // pooled, or an activation that is no range: the epilogue that is not inlined
   const void* bias = nullptr;
   int64_t bias_stride = 0;
   bool bias_along_m = false;
@@ -108,19 +110,19 @@ struct TileIndex {
 };
 
 __device__ __forceinline__ TileIndex tile_index(const GemmParams& p) {
+  const auto take = [](uint32_t& id, const FastDivmod& by) {
+    const uint32_t quotient = by.quotient(id), rest = id - quotient * by.divisor;
+    id = quotient;
+    return rest;
+  };
   uint32_t id = blockIdx.x;
-  const uint32_t first = p.m_fastest ? p.tiles_m : p.tiles_n, second = p.m_fastest ? p.tiles_n : p.tiles_m;
-  const uint32_t i = id % first;
-  id /= first;
-  const uint32_t j = id % second;
-  id /= second;
+  const uint32_t inner = take(id, p.inner_tiles), outer = take(id, p.outer_tiles);
   TileIndex t;
-  t.tile_m = p.m_fastest ? i : j;
-  t.tile_n = p.m_fastest ? j : i;
-  t.group = id % p.groups;
-  id /= p.groups;
-  t.image = id % p.images;
-  t.slice = id / p.images;
+  t.tile_m = p.m_fastest ? inner : outer;
+  t.tile_n = p.m_fastest ? outer : inner;
+  t.group = take(id, p.per_group);
+  t.image = take(id, p.per_image);
+  t.slice = id;
   return t;
 }
 

@@ -60,45 +60,78 @@ __device__ __forceinline__ Acc activation_gradient(Acc gradient, Acc x, Activati
   return gradient;
 }
 
-// kChunk neighbours along n, finished and stored. Chunks of more than one know only activations that are a range: the
-// others would multiply the code of every kernel by their expf and erff.
-template <int kChunk, class T, class Acc>
-__device__ __forceinline__ void finish(const Acc* sums, const GemmParams& p, uint32_t group, uint32_t m, uint32_t n) {
-  const T* bias = static_cast<const T*>(p.bias);
+// One element of D, finished and stored.
+template <class T, class Acc>
+__device__ __forceinline__ void finish(Acc sum, const GemmParams& p, uint32_t group, uint32_t m, uint32_t n) {
   const Offsets row = p.d.m.at(m), col = p.d.n.at(n);
-  Chunk<T, kChunk> residual;
-  if (p.d.residual)
-    residual =
-        load_chunk<kChunk>(static_cast<const T*>(p.d.residual) + group * p.d.residual_group_stride + row.aux + col.aux);
-  Chunk<T, kChunk> out;
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    Acc x = sums[j];
-    if (bias) {
-      const int64_t channel =
-          p.bias_along_m ? static_cast<int64_t>(group) * p.m + m : static_cast<int64_t>(group) * p.n + n + j;
-      x += widen(bias[channel * p.bias_stride]);
-    }
-    if (p.d.residual) x += widen(residual.value[j]);
-    if constexpr (kChunk == 1)
-      x = activate(x, p.activation);
-    else
-      x = x < Acc(p.lower) ? Acc(p.lower) : x > Acc(p.upper) ? Acc(p.upper) : x;
-    out.value[j] = narrow<T>(x);
+  if (p.bias) {
+    const int64_t channel = p.bias_along_m ? static_cast<int64_t>(group) * p.m + m : static_cast<int64_t>(group) * p.n + n;
+    sum += widen(static_cast<const T*>(p.bias)[channel * p.bias_stride]);
   }
-  T* to = static_cast<T*>(p.d.data) + group * p.d.group_stride + row.data + col.data;
-  *reinterpret_cast<Chunk<T, kChunk>*>(to) = out;
+  if (p.d.residual)
+    sum += widen(static_cast<const T*>(p.d.residual)[group * p.d.residual_group_stride + row.aux + col.aux]);
+  static_cast<T*>(p.d.data)[group * p.d.group_stride + row.data + col.data] = narrow<T>(activate(sum, p.activation));
 }
 
-template <int kChunk, class T, int kRows, int kBlockN, int kThreads, class Acc>
+// None, ReLU and ReLU6 are a range; the others come element by element, as their expf and erff are a lot of code.
+template <bool kRange, class Acc>
+__device__ __forceinline__ Acc finished(Acc x, const GemmParams& p) {
+  if constexpr (kRange)
+    return x < Acc(p.lower) ? Acc(p.lower) : x > Acc(p.upper) ? Acc(p.upper) : x;
+  else
+    return activate(x, p.activation);
+}
+
+// The tile's rows: sums + bias + residual, activated, rounded, stored, kChunk neighbours along n at a time. A thread has
+// the same columns in every row that it takes, so that what depends on n is worked out once.
+template <int kChunk, bool kRange, class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p, uint32_t group, uint32_t m0,
                                            uint32_t n0) {
-  constexpr int kChunks = kBlockN / kChunk;
-#pragma unroll 1
-  for (int c = threadIdx.x; c < kRows * kChunks; c += kThreads) {
-    const uint32_t row = c / kChunks, col = (c % kChunks) * kChunk, m = m0 + row, n = n0 + col;
-    if (m < p.m && n < p.n) finish<kChunk, T>(tile + row * kEpilogueStride<kBlockN> + col, p, group, m, n);
+  constexpr int kChunks = kBlockN / kChunk, kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0);
+  const uint32_t col = threadIdx.x % kChunks * kChunk, n = n0 + col;
+  if (n >= p.n) return;
+  const Offsets at_n = p.d.n.at(n);
+  T* const to = static_cast<T*>(p.d.data) + group * p.d.group_stride + at_n.data;
+  const T* const residual =
+      p.d.residual ? static_cast<const T*>(p.d.residual) + group * p.d.residual_group_stride + at_n.aux : nullptr;
+  const int64_t channel = p.bias_along_m ? static_cast<int64_t>(group) * p.m : static_cast<int64_t>(group) * p.n + n;
+  const T* const bias = p.bias ? static_cast<const T*>(p.bias) + channel * p.bias_stride : nullptr;
+  Acc offset[kChunk] = {};
+  if (bias && !p.bias_along_m)
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) offset[j] = widen(bias[j * p.bias_stride]);
+  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kRows});
+#pragma unroll 2
+  for (uint32_t row = threadIdx.x / kChunks; row < rows; row += kStep) {
+    const Offsets at_m = p.d.m.at(m0 + row);
+    const Acc row_offset = bias && p.bias_along_m ? widen(bias[(m0 + row) * p.bias_stride]) : Acc(0);
+    Chunk<T, kChunk> added, out;
+    if (residual) added = load_chunk<kChunk>(residual + at_m.aux);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      Acc x = tile[row * kEpilogueStride<kBlockN> + col + j] + (offset[j] + row_offset);
+      if (residual) x += widen(added.value[j]);
+      out.value[j] = narrow<T>(finished<kRange>(x, p));
+    }
+    *reinterpret_cast<Chunk<T, kChunk>*>(to + at_m.data) = out;
   }
+}
+
+// One slice's sums, to be joined by reduce_partials.
+template <int kChunk, int kRows, int kBlockN, int kThreads, class Acc>
+__device__ __forceinline__ void store_partials(const Acc* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
+                                               uint32_t n0) {
+  constexpr int kChunks = kBlockN / kChunk, kStep = kThreads / kChunks;
+  const uint32_t col = threadIdx.x % kChunks * kChunk;
+  if (n0 + col >= p.n) return;
+  const int64_t group = static_cast<int64_t>(t.slice) * p.groups + t.group;
+  Acc* const to = static_cast<Acc*>(p.partials) + (group * p.m + m0) * p.n + n0 + col;
+  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kRows});
+#pragma unroll 2
+  for (uint32_t row = threadIdx.x / kChunks; row < rows; row += kStep)
+    *reinterpret_cast<Chunk<Acc, kChunk>*>(to + static_cast<int64_t>(row) * p.n) =
+        load_chunk<kChunk>(tile + row * kEpilogueStride<kBlockN> + col);
 }
 
 // Sums of activation(tile + bias) over the tile's pixels: of one image, as the grid has images of its own.
@@ -125,28 +158,37 @@ __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, 
   }
 }
 
-// The kRows rows of pass `pass` of this block's tile, which lie in shared memory; every thread calls. Not inlined: the
-// accumulators are in shared memory by now, and so it is compiled once a type and width, not once a kernel.
+// What is rare or not a range. Not inlined: with expf and erff in every kernel, code and compile time are ten times as
+// large. It sees the parameters through a pointer, and must not load them again after every store.
 template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
-__device__ __noinline__ void epilogue(const Acc* tile, const GemmParams& p, int pass) {
-  const TileIndex t = tile_index(p);  // again, rather than in registers through the mainloop
+__device__ __noinline__ void rare_epilogue(const Acc* tile, const GemmParams* __restrict__ params, int pass) {
+  const GemmParams& p = *params;
+  const TileIndex t = tile_index(p);
   const uint32_t m0 = t.tile_m * kBlockM + pass * kRows, n0 = t.tile_n * kBlockN;
-  if (p.pooled) {
+  if (p.pooled)
     pool_rows<T, kRows, kBlockN, kThreads>(tile, p, t, m0, n0,
                                            p.pool_along_n ? t.tile_n : t.tile_m * (kBlockM / kRows) + pass);
-  } else if (p.partials) {
-    const int64_t group = static_cast<int64_t>(t.slice) * p.groups + t.group;
-    for (int c = threadIdx.x; c < kRows * kBlockN; c += kThreads) {
-      const uint32_t row = c / kBlockN, col = c % kBlockN, m = m0 + row, n = n0 + col;
-      if (m < p.m && n < p.n)
-        static_cast<Acc*>(p.partials)[(group * p.m + m) * p.n + n] = tile[row * kEpilogueStride<kBlockN> + col];
-    }
-  } else if (!p.d.data) {
-    return;  // dbias alone is wanted
-  } else if (p.d.chunk == 16 / sizeof(T)) {
-    store_rows<16 / sizeof(T), T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
-  } else {
-    store_rows<1, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+  else
+    store_rows<1, false, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+}
+
+// The kRows rows of pass `pass` of this block's tile, which lie in shared memory; every thread calls.
+template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
+__device__ __forceinline__ void epilogue(const Acc* tile, const GemmParams& p, const TileIndex& t, int pass) {
+  constexpr int kVector = 16 / sizeof(T), kPartials = 16 / sizeof(Acc);
+  const uint32_t m0 = t.tile_m * kBlockM + pass * kRows, n0 = t.tile_n * kBlockN;
+  if (p.partials) {
+    if (p.n % kPartials == 0)
+      store_partials<kPartials, kRows, kBlockN, kThreads>(tile, p, t, m0, n0);
+    else
+      store_partials<1, kRows, kBlockN, kThreads>(tile, p, t, m0, n0);
+  } else if (p.rare) {
+    rare_epilogue<T, kBlockM, kBlockN, kRows, kThreads>(tile, &p, pass);
+  } else if (p.d.data) {  // null: dbias alone is wanted
+    if (p.d.chunk == kVector)
+      store_rows<kVector, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+    else
+      store_rows<1, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
   }
 }
 

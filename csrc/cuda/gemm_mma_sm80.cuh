@@ -82,45 +82,48 @@ __device__ __forceinline__ float sum_of(uint32_t bits) {
   }
 }
 
-// A's fragment (16 x 32 bytes of k): rows row0 to row0 + 15, k chunks 2 * step and 2 * step + 1.
-template <class T, Major kMajor, int kBlock>
-__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], const unsigned char* tile, int row0, int step,
-                                                int lane) {
+// Where a lane's part of a warp's fragments lies in a tile of kBlock indices of m or n: worked out once for the first
+// fragment and step. All others differ by constants, as the swizzle is an exclusive or of bits that are zero in the
+// first one's place.
+template <class T, Major kMajor, int kBlock, bool kIsA>
+class FragmentReader {
   using Layout = TileLayout<T, kMajor, kBlock>;
-  if constexpr (kMajor == Major::kK) {
-    ptx::ldmatrix_x4(a, tile + Layout::offset(row0 + lane % 16, 2 * step + lane / 16));
-  } else if constexpr (sizeof(T) == 2) {
-    const int k = 16 * step + lane / 16 * 8 + lane % 8;
-    ptx::ldmatrix_x4_trans(a, tile + Layout::offset(k, row0 / 8 + lane / 8 % 2));
-  } else {
-    const int m = row0 + lane / 4, k = 8 * step + lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at_m = m + (i & 1) * 8, at_k = k + (i >> 1) * 4;
-      a[i] = *reinterpret_cast<const uint32_t*>(tile + Layout::offset(at_k, at_m / 4) + at_m % 4 * 4);
-    }
-  }
-}
+  static constexpr int kRowBytes = kBlock * static_cast<int>(sizeof(T));  // of a kMN tile
 
-// B's fragments of columns col0 to col0 + 15: b[0], b[1] of the first eight, b[2], b[3] of the others.
-template <class T, Major kMajor, int kBlock>
-__device__ __forceinline__ void load_fragment_b(uint32_t (&b)[4], const unsigned char* tile, int col0, int step,
-                                                int lane) {
-  using Layout = TileLayout<T, kMajor, kBlock>;
-  if constexpr (kMajor == Major::kK) {
-    ptx::ldmatrix_x4(b, tile + Layout::offset(col0 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-  } else if constexpr (sizeof(T) == 2) {
-    const int k = 16 * step + lane / 8 % 2 * 8 + lane % 8;
-    ptx::ldmatrix_x4_trans(b, tile + Layout::offset(k, col0 / 8 + lane / 16));
-  } else {
-    const int n = col0 + lane / 4, k = 8 * step + lane % 4;
+ public:
+  __device__ __forceinline__ FragmentReader(int first, int lane) : at_(offset_of(first, lane)) { ptx::opaque(at_); }
+
+  // Fragment `i`, 16 indices of m or n each, of `step`, 32 bytes of k each. A: mma's four registers. B: the first two are
+  // those of the first eight columns, the others those of the other eight.
+  __device__ __forceinline__ void load(uint32_t (&r)[4], const unsigned char* tile, int i, int step) const {
+    if constexpr (kMajor == Major::kK) {
+      ptx::ldmatrix_x4(r, tile + (at_ ^ step * 32) + i * 16 * kBlockKBytes);
+    } else if constexpr (sizeof(T) == 2) {
+      ptx::ldmatrix_x4_trans(r, tile + (at_ ^ i * 32) + step * 16 * kRowBytes);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at_n = n + (i >> 1) * 8, at_k = k + (i & 1) * 4;
-      b[i] = *reinterpret_cast<const uint32_t*>(tile + Layout::offset(at_k, at_n / 4) + at_n % 4 * 4);
+      for (int e = 0; e < 4; ++e) {
+        const int other_eight = kIsA ? e & 1 : e >> 1, other_k = kIsA ? e >> 1 : e & 1;
+        r[e] = *reinterpret_cast<const uint32_t*>(tile + (at_ ^ (i * 64 + other_eight * 32)) +
+                                                  (step * 8 + other_k * 4) * kRowBytes);
+      }
     }
   }
-}
+
+ private:
+  static __device__ __forceinline__ int offset_of(int first, int lane) {
+    if constexpr (kMajor == Major::kK)
+      return kIsA ? Layout::offset(first + lane % 16, lane / 16)
+                  : Layout::offset(first + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    else if constexpr (sizeof(T) == 2)
+      return kIsA ? Layout::offset(lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2)
+                  : Layout::offset(lane / 8 % 2 * 8 + lane % 8, first / 8 + lane / 16);
+    else
+      return Layout::offset(lane % 4, (first + lane / 4) / 4) + lane / 4 % 4 * 4;
+  }
+
+  int at_;
+};
 
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -153,14 +156,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
   const int warp_m = warp / C::kWarpsN * C::kWarpM, warp_n = warp % C::kWarpsN * C::kWarpN;
   const bool sums_rows = C::kRowSums && p.row_sums && t.tile_n == 0 && warp_n == 0;
 
-  const TileLoader<T, C::kMajorA, C::kBlockM, C::kThreads, C::kMasked == Masked::kA> load_a(p, p.a, m0);
-  const TileLoader<T, C::kMajorB, C::kBlockN, C::kThreads, C::kMasked == Masked::kB> load_b(p, p.b, n0);
+  TileLoader<T, C::kMajorA, C::kBlockM, C::kThreads, C::kMasked == Masked::kA> load_a(p.a, t, m0, k_begin);
+  TileLoader<T, C::kMajorB, C::kBlockN, C::kThreads, C::kMasked == Masked::kB> load_b(p.b, t, n0, k_begin);
   const auto load_stage = [&](int step) {
     unsigned char* stage = shared + step % C::kStages * C::kStageBytes;
     const uint32_t k = k_begin + step * C::kBlockK;
     load_a.load(stage, stage + kOffsetAux, k, k_end);
     load_b.load(stage + kOffsetB, stage + kOffsetAux, k, k_end);
   };
+
+  const FragmentReader<T, C::kMajorA, C::kBlockM, true> read_a(warp_m, lane);
+  const FragmentReader<T, C::kMajorB, C::kBlockN, false> read_b(warp_n, lane);
 
   float sums[kFragmentsM][2 * kPairsN][4] = {};
   float row_sums[kFragmentsM][2] = {};
@@ -181,10 +187,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
       uint32_t b[kPairsN][4];
 #pragma unroll
       for (int j = 0; j < kPairsN; ++j) {
-        load_fragment_b<T, C::kMajorB, C::kBlockN>(b[j], stage + kOffsetB, warp_n + j * 16, s, lane);
+        read_b.load(b[j], stage + kOffsetB, j, s);
         if constexpr (C::kMasked == Masked::kB) {
           uint32_t y[4];
-          load_fragment_b<T, C::kMajorB, C::kBlockN>(y, stage + kOffsetAux, warp_n + j * 16, s, lane);
+          read_b.load(y, stage + kOffsetAux, j, s);
 #pragma unroll
           for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], p.mask);
         }
@@ -193,11 +199,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
         uint32_t a[4];
-        load_fragment_a<T, C::kMajorA, C::kBlockM>(a, stage, warp_m + i * 16, s, lane);
+        read_a.load(a, stage, i, s);
         if constexpr (C::kMasked == Masked::kA) {
           if (!C::kRowSums || p.mask != Mask::kNone) {
             uint32_t y[4];
-            load_fragment_a<T, C::kMajorA, C::kBlockM>(y, stage + kOffsetAux, warp_m + i * 16, s, lane);
+            read_a.load(y, stage + kOffsetAux, i, s);
 #pragma unroll
             for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], p.mask);
           }
@@ -244,7 +250,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
             make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
       }
   __syncthreads();
-  epilogue<T, C::kBlockM, C::kBlockN, C::kBlockM, C::kThreads>(tile, p, 0);
+  epilogue<T, C::kBlockM, C::kBlockN, C::kBlockM, C::kThreads>(tile, p, t, 0);
 #endif
 }
 

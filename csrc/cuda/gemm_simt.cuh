@@ -55,7 +55,7 @@ struct SimtLoader {
     const uint32_t at_k = k0 + k;
     const uint32_t count = operand.k_unit ? k_end : operand.mn_count, index = operand.k_unit ? at_k : mn0;
     const bool inside = operand.k_unit ? mn0 < operand.mn_count : at_k < k_end;
-    if (inside && operand.chunk == C::kLoads && index + C::kLoads <= count) {
+    if (inside && operand.chunk_log2 == 2 && index + C::kLoads <= count) {
       const Offsets along_k = operand.k.at(at_k);
       const auto x = load_chunk<C::kLoads>(data + along_mn.data + along_k.data);
 #pragma unroll
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_simt(const __gri
       for (int j = 0; j < kPerThread; ++j)
         tiles[(row0 + i) * kEpilogueStride<C::kBlock> + j / 4 * C::kHalf + col0 + j % 4] = sums[pass * 4 + i][j];
     __syncthreads();
-    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, pass);
+    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, t, pass);
   }
 }
 

@@ -7,11 +7,19 @@
 #include "heuristics.h"
 #include "kernels.h"
 #include "reduce.cuh"
+#include "repack.cuh"
 
 namespace conv1x1::cuda {
 namespace {
 
-Operand operand_of(const Matrix& matrix, const Axis& mn, const Axis& k, bool k_unit, int chunk) {
+int log2_of(int power) {
+  int log2 = 0;
+  while ((1 << log2) < power) ++log2;
+  return log2;
+}
+
+Operand operand_of(const Matrix& matrix, const Axis& mn, const Axis& k, bool k_unit, int chunk, int vector,
+                   const Repack& repack, int64_t images, void* workspace) {
   Operand o;
   o.data = matrix.data;
   o.aux = matrix.aux;
@@ -19,17 +27,39 @@ Operand operand_of(const Matrix& matrix, const Axis& mn, const Axis& k, bool k_u
   o.k = device_axis(k);
   o.mn_count = matrix.data ? static_cast<uint32_t>(mn.count) : 0;
   o.k_unit = k_unit;
-  o.chunk = chunk;
+  o.chunk_log2 = log2_of(chunk);
   o.group_stride = matrix.group_stride;
   o.aux_group_stride = matrix.aux_group_stride;
+  if (repack.needed) {
+    o.data = static_cast<char*>(workspace) + repack.at;
+    o.aux = nullptr;
+    o.mn = o.k = DeviceAxis();
+    o.mn.stride[0] = k_unit ? repack.pitch : 1;
+    o.k.stride[0] = k_unit ? 1 : repack.pitch;
+    if (!k_unit && o.mn_count > 0) o.mn_count = static_cast<uint32_t>(repack.pitch);
+    o.image_stride = (k_unit ? mn : k).count * repack.pitch;
+    o.group_stride = images * o.image_stride;
+  }
+  o.streams = chunk == vector && o.k.nd == 1 && o.mn_count > 0;
   return o;
 }
 
-GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace) {
+// `images` > 1: GEMMs of their own, `image_stride` elements of the pixels' operand apart.
+GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace, int64_t images = 1,
+                     int64_t image_stride = 0) {
   GemmParams p;
-  p.a = operand_of(g.a, g.a.row, g.a.col, plan.a_k_unit, plan.a_chunk);
-  p.b = operand_of(g.b, g.b.col, g.b.row, plan.b_k_unit, plan.b_chunk);
-  if (g.mask == Mask::kNone) p.a.aux = p.b.aux = nullptr;
+  const int vector = 16 / static_cast<int>(dtype_size(g.dtype));
+  p.a = operand_of(g.a, g.a.row, g.a.col, plan.a_k_unit, plan.a_chunk, vector, plan.a_repack,
+                   g.a_is_weight ? 1 : images, workspace);
+  p.b = operand_of(g.b, g.b.col, g.b.row, plan.b_k_unit, plan.b_chunk, vector, plan.b_repack,
+                   g.b_is_weight ? 1 : images, workspace);
+  if (!g.a_is_weight && !plan.a_repack.needed) p.a.image_stride = image_stride;
+  if (!g.b_is_weight && !plan.b_repack.needed) p.b.image_stride = image_stride;
+  if (g.a_is_weight) p.a.image_stride = 0;
+  if (g.b_is_weight) p.b.image_stride = 0;
+  p.images = static_cast<uint32_t>(images);
+  p.mask = p.a.aux || p.b.aux ? g.mask : Mask::kNone;
+  if (p.mask == Mask::kNone) p.a.aux = p.b.aux = nullptr;
   p.d.data = g.d.data;
   p.d.residual = g.d.aux;
   p.d.m = device_axis(g.d.row);
@@ -46,10 +76,10 @@ GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace) {
   p.m_fastest = plan.tiles_m <= plan.tiles_n;
   p.slices = static_cast<uint32_t>(plan.slices);
   p.slice = static_cast<uint32_t>(plan.slice);
-  p.mask = g.mask;
   p.activation = g.activation;
   p.lower = g.activation == Activation::kNone ? -INFINITY : 0.0f;
   p.upper = g.activation == Activation::kReLU6 ? 6.0f : INFINITY;
+  p.rare = g.pool || !masks_from_output(g.activation);
   p.bias = g.bias.data;
   p.bias_stride = g.bias.stride;
   p.bias_along_m = g.bias_along_m;
@@ -59,15 +89,61 @@ GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace) {
 }
 
 template <class T>
-cudaError_t launch_gemm(const GemmParams& p, const Plan& plan, cudaStream_t stream) {
-  const uint32_t blocks = p.tiles_m * p.tiles_n * p.groups * p.images * p.slices;
+cudaError_t launch_gemm(const GemmParams& params, const Plan& plan, cudaStream_t stream) {
+  const uint32_t blocks = params.tiles_m * params.tiles_n * params.groups * params.images * params.slices;
   if (blocks == 0) return cudaSuccess;
+  GemmParams p = params;
+  p.inner_tiles = FastDivmod(p.m_fastest ? p.tiles_m : p.tiles_n);
+  p.outer_tiles = FastDivmod(p.m_fastest ? p.tiles_n : p.tiles_m);
+  p.per_group = FastDivmod(p.groups);
+  p.per_image = FastDivmod(p.images);
   if constexpr (sizeof(T) == 8) {
     return launch_simt<T>(p, plan, blocks, stream);
   } else {
     return plan.kernel == Kernel::kMma ? launch_mma<T>(p, plan, blocks, stream)
                                        : launch_simt<T>(p, plan, blocks, stream);
   }
+}
+
+template <class T>
+cudaError_t launch_repack(const GemmProblem& g, const Matrix& matrix, const Axis& mn, const Axis& k, bool k_unit,
+                          const Repack& repack_plan, int64_t images, int64_t image_stride, void* workspace,
+                          cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  RepackParams p;
+  p.from = matrix.data;
+  p.aux = g.mask == Mask::kNone ? nullptr : matrix.aux;
+  p.to = static_cast<char*>(workspace) + repack_plan.at;
+  p.unit = device_axis(k_unit ? k : mn);
+  p.other = device_axis(k_unit ? mn : k);
+  p.units = static_cast<uint32_t>((k_unit ? k : mn).count);
+  p.others = static_cast<uint32_t>((k_unit ? mn : k).count);
+  p.chunks = static_cast<uint32_t>(repack_plan.pitch / kVector);
+  p.images = static_cast<uint32_t>(images);
+  p.rows = g.groups * images * p.others;
+  p.group_stride = matrix.group_stride;
+  p.aux_group_stride = matrix.aux_group_stride;
+  p.image_stride = image_stride;
+  p.mask = g.mask;
+  const int64_t blocks = (p.rows * p.chunks + kRepackThreads - 1) / kRepackThreads;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  CONV1X1_LAUNCH((repack<T>), dim3(static_cast<uint32_t>(blocks)), dim3(kRepackThreads), 0, stream, p);
+  return cudaGetLastError();
+}
+
+// The operands that need it, into the workspace.
+template <class T>
+cudaError_t launch_repacks(const GemmProblem& g, const Plan& plan, int64_t images, int64_t image_stride,
+                           void* workspace, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  if (plan.a_repack.needed && g.a.data)
+    error = launch_repack<T>(g, g.a, g.a.row, g.a.col, plan.a_k_unit, plan.a_repack, g.a_is_weight ? 1 : images,
+                             g.a_is_weight ? 0 : image_stride, workspace, stream);
+  if (error == cudaSuccess && plan.b_repack.needed && g.b.data)
+    error = launch_repack<T>(g, g.b, g.b.col, g.b.row, plan.b_k_unit, plan.b_repack, g.b_is_weight ? 1 : images,
+                             g.b_is_weight ? 0 : image_stride, workspace, stream);
+  return error;
 }
 
 uint32_t reduce_blocks(int64_t count) {
@@ -78,7 +154,8 @@ template <class T>
 cudaError_t run(const GemmProblem& g, const Plan& plan, void* workspace, cudaStream_t stream) {
   using Acc = typename Accumulator<T>::type;
   const GemmParams p = params_of(g, plan, workspace);
-  cudaError_t error = launch_gemm<T>(p, plan, stream);
+  cudaError_t error = launch_repacks<T>(g, plan, 1, 0, workspace, stream);
+  if (error == cudaSuccess) error = launch_gemm<T>(p, plan, stream);
   const int64_t outputs = g.groups * g.m * g.n, rows = g.groups * g.m;
   if (error == cudaSuccess && p.partials && outputs > 0) {
     CONV1X1_LAUNCH((reduce_partials<T>), dim3(reduce_blocks(outputs)), dim3(kReduceThreads), 0, stream, p);
@@ -97,13 +174,12 @@ template <class T>
 cudaError_t run_pooled(const GemmProblem& g, const Plan& plan, const Pooling& pooling, void* workspace,
                        cudaStream_t stream) {
   using Acc = typename Accumulator<T>::type;
-  GemmParams p = params_of(g, plan, nullptr);
-  p.images = static_cast<uint32_t>(pooling.images);
-  (g.pool_along_n ? p.b : p.a).image_stride = pooling.image_stride;
-  p.pooled = workspace;
+  GemmParams p = params_of(g, plan, workspace, pooling.images, pooling.image_stride);
+  p.pooled = static_cast<char*>(workspace) + plan.workspace;
   p.pool_along_n = g.pool_along_n;
   p.pool_slots = static_cast<uint32_t>(pool_slots(g, plan));
-  cudaError_t error = launch_gemm<T>(p, plan, stream);
+  cudaError_t error = launch_repacks<T>(g, plan, pooling.images, pooling.image_stride, workspace, stream);
+  if (error == cudaSuccess) error = launch_gemm<T>(p, plan, stream);
   const int64_t channels = g.groups * (g.pool_along_n ? g.m : g.n), count = pooling.images * channels;
   if (error == cudaSuccess && count > 0) {
     CONV1X1_LAUNCH((reduce_pooled<T>), dim3(reduce_blocks(count)), dim3(kReduceThreads), 0, stream,

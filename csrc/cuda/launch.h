@@ -23,6 +23,13 @@ struct Device {           // what a plan may depend on beside the problem
 
 enum class Kernel : int { kSimt, kMma };
 
+// A copy of an operand in the workspace, where its tensor allows no copies of 4 bytes (odd rows of 16-bit elements) or
+// none of neighbours (strided pixels): every index along which its tile is contiguous, `pitch` elements apart, masked.
+struct Repack {
+  bool needed = false;
+  int64_t pitch = 0, at = 0, bytes = 0;  // `at` in the workspace
+};
+
 struct Plan {
   Kernel kernel = Kernel::kSimt;
   bool tf32 = false;
@@ -32,6 +39,7 @@ struct Plan {
   int a_chunk = 1, b_chunk = 1, d_chunk = 1;  // elements moved at once: the alignment tier; 1 is element by element
   int64_t tiles_m = 0, tiles_n = 0;
   int64_t slices = 1, slice = 0;                      // of k, and their length: split-K
+  Repack a_repack, b_repack;
   int64_t partials = 0, row_sums = 0, workspace = 0;  // device memory in bytes; workspace is all of it
 };
 

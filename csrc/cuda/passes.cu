@@ -8,6 +8,7 @@ namespace conv1x1::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kAlignment = 256;  // of workspaces, and of what lies in them
 
 int64_t block_count(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
@@ -75,23 +76,20 @@ Pieces pieces_of(const Conv1x1Problem& p) {
   Pieces pieces;
   const int64_t image = std::max<int64_t>(1, p.c_out * p.pixels());
   pieces.images = std::min(p.batch, std::max({int64_t{1}, (int64_t{1} << 24) / image, (p.batch + 3) / 4}));
-  pieces.bytes = (pieces.images * image * dtype_size(p.dtype) + 255) / 256 * 256;
+  pieces.bytes = (pieces.images * image * dtype_size(p.dtype) + kAlignment - 1) / kAlignment * kAlignment;
   pieces.channels_last = p.x.stride[1] == 1;
   return pieces;
 }
 
-template <class T>
-void* advanced(void* data, int64_t elements) {
-  return data ? static_cast<T*>(data) + elements : nullptr;
-}
-
 // One piece's problem: its images, with the pre-activation at `z`.
-template <class T>
 Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t first, void* z) {
   Conv1x1Problem q = p;
   q.batch = std::min(pieces.images, p.batch - first);
-  q.x.data = advanced<T>(p.x.data, first * p.x.stride[0]);
-  q.dx.data = advanced<T>(p.dx.data, first * p.dx.stride[0]);
+  const auto advance = [&](ActivationView& view) {
+    if (view.data) view.data = static_cast<char*>(view.data) + first * view.stride[0] * dtype_size(p.dtype);
+  };
+  advance(q.x);
+  advance(q.dx);
   const int64_t pixels = p.pixels(), channel = pieces.channels_last ? 1 : pixels;
   const int64_t pixel = pieces.channels_last ? p.c_out : 1;
   q.y.data = z;
@@ -158,7 +156,7 @@ std::string describe_avg_pool(const Conv1x1Problem& p, const Device& device, boo
 int64_t avg_pool_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
   const GemmProblem g = pooled_problem(p);
   const Plan plan = make_plan(g, device, allow_tf32, p.batch, p.x.stride[0]);
-  return p.batch * pool_slots(g, plan) * p.c_out * (p.dtype == DType::kFloat64 ? 8 : 4);
+  return plan.workspace + p.batch * pool_slots(g, plan) * p.c_out * (p.dtype == DType::kFloat64 ? 8 : 4);
 }
 
 cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& device, bool allow_tf32, void* workspace,
@@ -171,17 +169,14 @@ cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& devic
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
   const Pieces pieces = pieces_of(p);
   int64_t gemm = 0;
-  // The last piece may be smaller, and a smaller problem may be split into more slices.
-  for (const int64_t first :
-       {int64_t{0}, p.batch - std::max<int64_t>(1, p.batch % std::max<int64_t>(1, pieces.images))}) {
-    if (first < 0 || p.batch == 0) continue;
-    Conv1x1Problem q = piece_of<char>(p, pieces, 0, nullptr);
-    q.batch = std::min(pieces.images, p.batch - first);
-    const GemmProblem forward = lower_fprop(q);
-    gemm = std::max(gemm, make_plan(forward, device, allow_tf32).workspace);
+  const auto count = [&](const GemmProblem& g) { gemm = std::max(gemm, make_plan(g, device, allow_tf32).workspace); };
+  // Piece by piece: one may be smaller, so that it is split into more slices, or lie at odd addresses.
+  for (int64_t first = 0; first < p.batch; first += pieces.images) {
+    Conv1x1Problem q = piece_of(p, pieces, first, reinterpret_cast<void*>(kAlignment));
+    count(lower_fprop(q));
     q.dy = q.y;
-    if (p.dx.data) gemm = std::max(gemm, make_plan(lower_dgrad(q), device, allow_tf32).workspace);
-    if (p.dw.data || p.dbias.data) gemm = std::max(gemm, make_plan(lower_wgrad(q), device, allow_tf32).workspace);
+    if (p.dx.data) count(lower_dgrad(q));
+    if (p.dw.data || p.dbias.data) count(lower_wgrad(q));
   }
   return pieces.bytes + gemm;
 }
@@ -197,7 +192,7 @@ cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device,
     using T = decltype(zero);
     const int64_t pixels = p.pixels();
     for (int64_t first = 0; first < std::max<int64_t>(1, p.batch); first += std::max<int64_t>(1, pieces.images)) {
-      Conv1x1Problem q = piece_of<T>(p, pieces, first, workspace);
+      Conv1x1Problem q = piece_of(p, pieces, first, workspace);
       cudaError_t error = run(lower_fprop(q));
       const int64_t elements = q.batch * p.c_out * pixels;
       if (error == cudaSuccess && elements > 0) {

@@ -47,15 +47,16 @@ bool outer_strides_fit(const Axis& axis, int64_t chunk, bool aux, bool unit) {
   return true;
 }
 
-// How many neighbours along `unit` can be moved at once: a power of two, at most `limit`.
+// How many neighbours along `unit` can be moved at once: a power of two, at most `limit`; with `whole`, one that divides
+// their number.
 int chunk_of(const Matrix& matrix, const Axis& unit, const Axis& other, int64_t groups, int64_t image_stride,
-             int element_bytes, int limit) {
+             int element_bytes, int limit, bool whole) {
   if (!matrix.data) return limit;
   const bool aux = matrix.aux != nullptr;
   if (unit.inner_stride() != 1 || (aux && unit.aux_stride[unit.nd - 1] != 1)) return 1;
   for (int chunk = limit; chunk > 1; chunk /= 2) {
     const int64_t bytes = std::min<int64_t>(16, int64_t{chunk} * element_bytes);
-    bool fits = unit.nd == 1 || is_multiple(unit.inner_size(), chunk);
+    bool fits = (unit.nd == 1 && !whole) || is_multiple(unit.inner_size(), chunk);
     for (const bool second : {false, true}) {
       if (second && !aux) continue;
       const void* data = second ? matrix.aux : matrix.data;
@@ -71,9 +72,13 @@ int chunk_of(const Matrix& matrix, const Axis& unit, const Axis& other, int64_t 
 
 bool has_unit_stride(const Axis& axis) { return axis.inner_stride() == 1; }
 
-// The instantiation that copies the larger operands in vectors.
-int kind_of(const GemmProblem& g) {
-  const Masked masked = g.mask == Mask::kNone ? Masked::kNone : g.a.aux ? Masked::kA : Masked::kB;
+// Whether an operand's neighbours in memory are neighbours along k, not along m or n.
+bool runs_along_k(const Axis& k, const Axis& mn) {
+  return has_unit_stride(k) || (!has_unit_stride(mn) && k.inner_stride() < mn.inner_stride());
+}
+
+// The instantiation that copies the larger operands as they run in memory.
+int kind_of(const GemmProblem& g, Masked masked) {
   const bool row_sums = g.row_sums.data != nullptr;
   int best = -1;
   int64_t best_score = -1;
@@ -81,8 +86,8 @@ int kind_of(const GemmProblem& g) {
     const MmaKind& kind = kMmaKinds[i];
     if (kind.masked != masked && !(kind.row_sums && masked == Masked::kNone)) continue;
     if (row_sums && !kind.row_sums) continue;
-    const bool a = has_unit_stride(kind.a == Major::kK ? g.a.col : g.a.row);
-    const bool b = has_unit_stride(kind.b == Major::kK ? g.b.row : g.b.col);
+    const bool a = runs_along_k(g.a.col, g.a.row) == (kind.a == Major::kK);
+    const bool b = runs_along_k(g.b.row, g.b.col) == (kind.b == Major::kK);
     const int64_t score = (a ? g.m : 0) + (b ? g.n : 0);
     if (score > best_score) {
       best = i;
@@ -102,6 +107,35 @@ const char* kernel_name(const Plan& plan, DType dtype) {
 
 }  // namespace
 
+namespace {
+
+void plan_operand(const Matrix& matrix, const Axis& mn, const Axis& k, int64_t groups, int64_t images,
+                  int64_t image_stride, int bytes, int limit, bool mma, bool k_unit, bool must_repack, int& chunk,
+                  Repack& repack) {
+  const Axis &unit = k_unit ? k : mn, &other = k_unit ? mn : k;
+  chunk = chunk_of(matrix, unit, other, groups, image_stride, bytes, limit, mma);
+  repack = Repack();
+  repack.needed = must_repack || (mma && chunk * bytes < 4);
+  if (!repack.needed) return;
+  chunk = limit;
+  repack.pitch = (unit.count + limit - 1) / limit * limit;
+  repack.bytes = aligned(groups * images * other.count * repack.pitch * bytes);
+}
+
+// How each operand is copied; for tensor cores by the plan's kind. The images' stride belongs to the operand that has
+// pixels, which is the one that is not the weight.
+void plan_operands(const GemmProblem& g, int64_t images, int64_t image_stride, int bytes, int limit, bool mma,
+                   bool repack_a, bool repack_b, Plan& plan) {
+  plan.a_k_unit = mma ? kMmaKinds[plan.kind].a == Major::kK : has_unit_stride(g.a.col);
+  plan.b_k_unit = mma ? kMmaKinds[plan.kind].b == Major::kK : has_unit_stride(g.b.row);
+  plan_operand(g.a, g.a.row, g.a.col, g.groups, g.a_is_weight ? 1 : images, g.a_is_weight ? 0 : image_stride, bytes,
+               limit, mma, plan.a_k_unit, repack_a, plan.a_chunk, plan.a_repack);
+  plan_operand(g.b, g.b.col, g.b.row, g.groups, g.b_is_weight ? 1 : images, g.b_is_weight ? 0 : image_stride, bytes,
+               limit, mma, plan.b_k_unit, repack_b, plan.b_chunk, plan.b_repack);
+}
+
+}  // namespace
+
 Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int64_t images, int64_t image_stride) {
   Plan plan;
   const int bytes = static_cast<int>(dtype_size(g.dtype)), accumulator = g.dtype == DType::kFloat64 ? 8 : 4;
@@ -113,7 +147,20 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   // Multiply-adds a cycle of a multiprocessor: tensor cores reach about 60% of 1024 (16-bit; half of it for TF32)
   // through mma.sync, CUDA cores 70% of 128; float64 runs at 64 on data-center chips.
   cost.multiply_adds = mma ? (plan.tf32 ? 300 : 600) : g.dtype == DType::kFloat64 ? 40 : 90;
-  if (mma) plan.kind = kind_of(g);
+  if (mma) {
+    const Masked masked = g.mask == Mask::kNone ? Masked::kNone : g.a.aux ? Masked::kA : Masked::kB;
+    plan.kind = kind_of(g, masked);
+    plan_operands(g, images, image_stride, bytes, 16 / bytes, true, false, false, plan);
+    // What is repacked is masked on the way, and the kernel has one tile less to carry.
+    const bool repack_a = masked == Masked::kA && plan.a_repack.needed;
+    const bool repack_b = masked == Masked::kB && plan.b_repack.needed;
+    if (repack_a || repack_b) {
+      plan.kind = kind_of(g, Masked::kNone);
+      plan_operands(g, images, image_stride, bytes, 16 / bytes, true, repack_a, repack_b, plan);
+    }
+  } else {
+    plan_operands(g, images, image_stride, bytes, 4, false, false, false, plan);
+  }
 
   Choice best;
   best.cycles = -1;
@@ -137,21 +184,17 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.slices = best.slices;
   plan.slice = best.slice;
 
-  plan.a_k_unit = mma ? kMmaKinds[plan.kind].a == Major::kK : has_unit_stride(g.a.col);
-  plan.b_k_unit = mma ? kMmaKinds[plan.kind].b == Major::kK : has_unit_stride(g.b.row);
-  const int limit = mma ? 16 / bytes : 4;
-  // The images' stride belongs to the operand that has pixels, which is the one that is not the weight.
-  plan.a_chunk = chunk_of(g.a, plan.a_k_unit ? g.a.col : g.a.row, plan.a_k_unit ? g.a.row : g.a.col, g.groups,
-                          g.a_is_weight ? 0 : image_stride, bytes, limit);
-  plan.b_chunk = chunk_of(g.b, plan.b_k_unit ? g.b.row : g.b.col, plan.b_k_unit ? g.b.col : g.b.row, g.groups,
-                          g.b_is_weight ? 0 : image_stride, bytes, limit);
   // Stores are whole vectors or single elements; only the latter know every activation.
-  const bool vectors = masks_from_output(g.activation) && g.n % (16 / bytes) == 0 &&
-                       chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, 16 / bytes) == 16 / bytes;
+  const bool vectors = masks_from_output(g.activation) &&
+                       chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, 16 / bytes, true) == 16 / bytes;
   plan.d_chunk = vectors ? 16 / bytes : 1;
   if (plan.slices > 1 && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
   if (g.row_sums.data) plan.row_sums = aligned(plan.slices * g.groups * g.m * accumulator);
   plan.workspace = plan.partials + plan.row_sums;
+  for (Repack* repack : {&plan.a_repack, &plan.b_repack}) {
+    repack->at = plan.workspace;
+    plan.workspace += repack->bytes;
+  }
   return plan;
 }
 
@@ -173,9 +216,10 @@ std::string check_problem(const GemmProblem& g, const Device& device) {
 }
 
 std::string describe(const GemmProblem& g, const Device& device, const Plan& plan) {
-  const auto operand = [](bool k_unit, int chunk) {
+  const auto operand = [](bool k_unit, int chunk, const Repack& repack) {
     return std::string(k_unit ? "k" : "m/n") + " contiguous in its tile, " +
-           (chunk == 1 ? "copied element by element" : std::to_string(chunk) + " elements a copy");
+           (chunk == 1 ? "copied element by element" : std::to_string(chunk) + " elements a copy") +
+           (repack.needed ? ", repacked before (" + std::to_string(repack.bytes) + " bytes)" : "");
   };
   std::string text = std::string("kernel=") + kernel_name(plan, g.dtype);
   text += "\nwhy=" + std::string(plan.kernel == Kernel::kMma ? "tensor cores"
@@ -189,8 +233,8 @@ std::string describe(const GemmProblem& g, const Device& device, const Plan& pla
           std::to_string(plan.block_k);
   text += "\ngrid=" + std::to_string(plan.tiles_m) + " x " + std::to_string(plan.tiles_n) + " tiles, " +
           std::to_string(plan.slices) + " slices of k";
-  text += "\nA=" + operand(plan.a_k_unit, plan.a_chunk);
-  text += "\nB=" + operand(plan.b_k_unit, plan.b_chunk);
+  text += "\nA=" + operand(plan.a_k_unit, plan.a_chunk, plan.a_repack);
+  text += "\nB=" + operand(plan.b_k_unit, plan.b_chunk, plan.b_repack);
   text += "\nD=" + std::to_string(plan.d_chunk) + " elements a store";
   text += "\nworkspace=" + std::to_string(plan.workspace) + " bytes";
   return text;

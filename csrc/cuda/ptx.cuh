@@ -18,18 +18,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, of which the first `valid` (0 to kBytes) are
-// read and the rest become zeros. Both addresses are multiples of kBytes, `global` is readable for `valid` bytes.
+// A value that the compiler must keep in a register, as it no longer knows how to work it out again.
+__device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
+
+// Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, or of as many zeros where not `valid`: then
+// `global` is not read. Both addresses are multiples of kBytes. (A count of valid bytes instead costs ten instructions.)
 template <int kBytes>
-__device__ __forceinline__ void cp_async(void* shared, const void* global, int valid) {
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred ignore; setp.eq.u32 ignore, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignore; }" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(static_cast<uint32_t>(valid))
+        : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
-                 "n"(kBytes), "r"(valid)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred ignore; setp.eq.u32 ignore, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, ignore; }" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(static_cast<uint32_t>(valid)), "n"(kBytes)
+        : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_partials(const __grid_c
     Acc sum = 0;
     for (uint32_t s = 0; s < p.slices; ++s) sum += partials[s * outputs + i];
     const int64_t row = i / p.n;
-    finish<1, T>(&sum, p, static_cast<uint32_t>(row / p.m), static_cast<uint32_t>(row % p.m),
-                 static_cast<uint32_t>(i % p.n));
+    finish<T>(sum, p, static_cast<uint32_t>(row / p.m), static_cast<uint32_t>(row % p.m),
+              static_cast<uint32_t>(i % p.n));
   }
 }
 

@@ -8,8 +8,9 @@
 //               2 (r % 4) for 32-bit ones
 //
 // so that neither the copies nor ldmatrix (or, for 32-bit kMN, plain loads) meet a bank twice. Where the tensor's
-// strides or alignment do not allow 16 bytes at once, a chunk is copied in pieces: the alignment tiers. Indices past
-// the end become zeros. Any strides are right; the tier only decides the speed.
+// strides or alignment do not allow 16 bytes at once, a chunk is copied in pieces of 8 or 4: the alignment tiers. (What
+// allows no 4 was repacked, repack.cuh.) Past the end of k are zeros; past the end of m or n something finite or not,
+// whose sums nobody stores. Any strides are right; the tier only decides the speed.
 #pragma once
 
 #include "device.cuh"
@@ -39,153 +40,108 @@ struct TileLayout {
 };
 
 template <class T, Major kMajor, int kBlock, int kThreads, bool kWithAux>
-struct TileLoader {
+class TileLoader {
   using Layout = TileLayout<T, kMajor, kBlock>;
   static constexpr bool kAlongK = kMajor == Major::kK;
-  static constexpr int kVector = Layout::kVector, kSize = sizeof(T);
-  static constexpr int kChunks = Layout::kRows * Layout::kChunksPerRow;
-  static constexpr int kPerThread = kChunks / kThreads, kRowStep = kThreads / Layout::kChunksPerRow;
-  static_assert(kThreads % Layout::kChunksPerRow == 0 && kPerThread * kThreads == kChunks);
-  // Offsets along m or n stay the same for all of k: computed once. In kMN tiles all of a thread's chunks share one.
-  static constexpr int kOffsets = kAlongK ? kPerThread : 1;
+  static constexpr int kVector = Layout::kVector, kSize = sizeof(T), kBlockK = Layout::kBlockK;
+  static constexpr int kLine = kAlongK ? kBlockK : kBlock;  // elements along the tile's contiguous index
+  // A thread's vectors: the same place in every kStep-th row, at the same place of the swizzle.
+  static constexpr int kStep = kThreads / Layout::kChunksPerRow, kRounds = Layout::kRows / kStep;
+  static constexpr int kStepBytes = kAlongK ? kStep * kBlockKBytes : kStep * kBlock * kSize;
+  static_assert(kRounds * kStep == Layout::kRows && kStep % (kAlongK ? 16 : kSize == 2 ? 8 : 4) == 0);
+  static constexpr int kPointers = kAlongK ? kRounds : 1;
 
-  // One offset along k a chunk, twice with a mask: at once they would take registers that there are not.
-  static constexpr int kUnroll = !kAlongK && kWithAux ? 1 : kPerThread;
-
-  const GemmParams& params;
-  const Operand& operand;
-  const uint32_t mn0;
-  const T* at_mn[kOffsets];
-  const T* aux_at_mn;  // of the first chunk: the mask's tensor is hardly ever nested along m or n
-
-  __device__ __forceinline__ TileLoader(const GemmParams& p, const Operand& o, uint32_t first)
-      : params(p), operand(o), mn0(first) {
-    const TileIndex t = tile_index(p);
+ public:
+  __device__ __forceinline__ TileLoader(const Operand& o, const TileIndex& t, uint32_t first, uint32_t k_begin)
+      : operand_(o), mn0_(first) {
+    const T* const data = static_cast<const T*>(o.data) + t.group * o.group_stride + t.image * o.image_stride;
+    const T* const aux = masked() ? static_cast<const T*>(o.aux) + t.group * o.aux_group_stride : nullptr;
+    const int row = threadIdx.x / Layout::kChunksPerRow, chunk = threadIdx.x % Layout::kChunksPerRow;
+    first_ = Layout::offset(row, chunk);
+    ptx::opaque(first_);
+    along_ = kAlongK ? chunk * kVector : row;
 #pragma unroll
-    for (int i = 0; i < kOffsets; ++i) {
-      const uint32_t mn = mn0 + (kAlongK ? row(i) : chunk() * kVector);
-      const Offsets along_mn = mn < o.mn_count ? o.mn.at(mn) : Offsets{0, 0};
-      at_mn[i] = data(t) + along_mn.data;
-      if (i == 0) aux_at_mn = masked() ? aux(t) + along_mn.aux : nullptr;
+    for (int i = 0; i < kPointers; ++i) {
+      data_[i] = data;
+      aux_[i] = aux;
+      if (kAlongK && !o.streams) continue;
+      // What is past the end copies the last.
+      const uint32_t mn = mn0_ + (kAlongK ? row + i * kStep : piece_along());
+      const Offsets at = o.mn.at(min(mn, o.mn_count - (kAlongK ? 1u : 1u << o.chunk_log2)));
+      data_[i] += at.data;
+      aux_[i] += at.aux;
+      if (!o.streams) continue;
+      const int64_t k = k_begin + along_;
+      data_[i] += k * o.k.stride[0];
+      aux_[i] += k * o.k.aux_stride[0];
     }
   }
 
-  // k in [k0, k_end) into the stage's tiles.
-  __device__ __forceinline__ void load(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
-                                       uint32_t k_end) const {
-    if (operand.chunk == kVector)
-      load_chunks(tile, aux_tile, k0, k_end);
-    else if (operand.chunk * kSize >= 4)
-      load_pieces(tile, aux_tile, k0, k_end);
+  // [k0, k_end) of k into a stage's tiles; stage after stage, each kBlockK further.
+  __device__ __forceinline__ void load(unsigned char* tile, unsigned char* aux_tile, uint32_t k0, uint32_t k_end) {
+    if (operand_.streams)
+      load_vectors(tile + first_, aux_tile + first_, k0 + along_, k_end);
     else
-      load_elements(tile, aux_tile, k0, k_end);
+      load_pieces(tile, aux_tile, k0, k_end);
   }
 
  private:
-  __device__ __forceinline__ bool masked() const { return kWithAux && operand.aux != nullptr; }
-  __device__ __forceinline__ const T* data(const TileIndex& t) const {
-    return static_cast<const T*>(operand.data) + t.group * operand.group_stride + t.image * operand.image_stride;
-  }
-  __device__ __forceinline__ const T* aux(const TileIndex& t) const {
-    return static_cast<const T*>(operand.aux) + t.group * operand.aux_group_stride;
-  }
-  static __device__ __forceinline__ int row(int i) { return threadIdx.x / Layout::kChunksPerRow + i * kRowStep; }
-  static __device__ __forceinline__ int chunk() { return threadIdx.x % Layout::kChunksPerRow; }
-  // How many of `limit` elements from `index` on there are.
-  static __device__ __forceinline__ int left(uint32_t count, uint32_t index, int limit) {
-    return index >= count ? 0 : static_cast<int>(min(count - index, static_cast<uint32_t>(limit)));
-  }
+  __device__ __forceinline__ bool masked() const { return kWithAux && operand_.aux != nullptr; }
 
-  __device__ __forceinline__ void load_chunks(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
-                                              uint32_t k_end) const {
-    Offsets along_k{0, 0};
-    if (kAlongK && k0 + chunk() * kVector < k_end) along_k = operand.k.at(k0 + chunk() * kVector);
-#pragma unroll(kUnroll)
-    for (int i = 0; i < kPerThread; ++i) {
-      const int at = Layout::offset(row(i), chunk());
-      int valid;
-      if constexpr (kAlongK) {
-        valid = mn0 + row(i) < operand.mn_count ? left(k_end, k0 + chunk() * kVector, kVector) : 0;
-      } else {
-        valid = k0 + row(i) < k_end ? left(operand.mn_count, mn0 + chunk() * kVector, kVector) : 0;
-        along_k = valid > 0 ? operand.k.at(k0 + row(i)) : Offsets{0, 0};
-      }
-      // Where nothing is left, nothing is read.
-      ptx::cp_async<16>(tile + at, at_mn[i % kOffsets] + along_k.data, valid * kSize);
-      if (masked()) ptx::cp_async<16>(aux_tile + at, aux_at(i, valid) + along_k.aux, valid * kSize);
+  __device__ __forceinline__ void load_vectors(unsigned char* to, unsigned char* aux_to, uint32_t k, uint32_t k_end) {
+    const int64_t stride = kAlongK ? 1 : operand_.k.stride[0], aux_stride = kAlongK ? 1 : operand_.k.aux_stride[0];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const bool valid = kAlongK ? k < k_end : k + i * kStep < k_end;
+      const int64_t step = kAlongK ? 0 : i * kStep;
+      ptx::cp_async<16>(to + i * kStepBytes, data_[i % kPointers] + step * stride, valid);
+      if (masked()) ptx::cp_async<16>(aux_to + i * kStepBytes, aux_[i % kPointers] + step * aux_stride, valid);
+    }
+#pragma unroll
+    for (int i = 0; i < kPointers; ++i) {
+      data_[i] += kBlockK * stride;
+      if (masked()) aux_[i] += kBlockK * aux_stride;
     }
   }
 
-  __device__ __forceinline__ const T* aux_at(int i, int valid) const {
-    if (!kAlongK || i == 0 || valid == 0) return aux_at_mn;
-    if (operand.mn.nd == 1) return aux_at_mn + i * kRowStep * operand.mn.aux_stride[0];
-    return aux(tile_index(params)) + operand.mn.at(mn0 + row(i)).aux;
+  // Pieces in a row of the tile, and where this thread's begin; of the kMN tile's rows they stay the same for all of k.
+  __device__ __forceinline__ int pieces() const { return kLine >> operand_.chunk_log2; }
+  __device__ __forceinline__ int piece_along() const {
+    return (threadIdx.x & (pieces() - 1)) << operand_.chunk_log2;
   }
 
-  struct Piece {  // `count` neighbours of which `valid` exist, and where they lie
-    int at, valid;
-    Offsets from;
-  };
-
-  // Pieces of operand.chunk elements, numbered along the tile's contiguous index, so that a warp's reads are
-  // neighbours.
-  __device__ __forceinline__ Piece piece(int index, int count, uint32_t k0, uint32_t k_end) const {
-    const int first = index * count, at_row = first / (Layout::kChunksPerRow * kVector);
-    const int along = first % (Layout::kChunksPerRow * kVector);
-    const uint32_t k = k0 + (kAlongK ? along : at_row), mn = mn0 + (kAlongK ? at_row : along);
-    Piece p;
-    p.at = Layout::offset(at_row, along / kVector) + along % kVector * kSize;
-    p.valid = (kAlongK ? mn < operand.mn_count : k < k_end)
-                  ? (kAlongK ? left(k_end, k, count) : left(operand.mn_count, mn, count))
-                  : 0;
-    p.from = Offsets{0, 0};
-    if (p.valid > 0) {
-      const Offsets a = operand.mn.at(mn), b = operand.k.at(k);
-      p.from = Offsets{a.data + b.data, a.aux + b.aux};
-    }
-    return p;
-  }
-
+  // In a loop that is not unrolled: code is fetched, too.
   __device__ __forceinline__ void load_pieces(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
                                               uint32_t k_end) const {
-    const int count = operand.chunk;
-    const TileIndex t = tile_index(params);  // again, rather than in registers through the mainloop
+    const int along = piece_along(), step = kThreads / pieces(), bytes = kSize << operand_.chunk_log2;
+    const bool mn_valid = kAlongK || mn0_ + along < operand_.mn_count, k_valid = !kAlongK || k0 + along < k_end;
+    const Offsets along_k = kAlongK && k_valid ? operand_.k.at(k0 + along) : Offsets{0, 0};
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kChunks * kVector / count; i += kThreads) {
-      const Piece p = piece(i, count, k0, k_end);
-      if (count * kSize == 8) {
-        ptx::cp_async<8>(tile + p.at, data(t) + p.from.data, p.valid * kSize);
-        if (masked()) ptx::cp_async<8>(aux_tile + p.at, aux(t) + p.from.aux, p.valid * kSize);
-      } else {
-        ptx::cp_async<4>(tile + p.at, data(t) + p.from.data, p.valid * kSize);
-        if (masked()) ptx::cp_async<4>(aux_tile + p.at, aux(t) + p.from.aux, p.valid * kSize);
-      }
+    for (int row = threadIdx.x / pieces(); row < Layout::kRows; row += step) {
+      const uint32_t mn = mn0_ + row, k = k0 + row;
+      const bool valid = mn_valid && k_valid && (kAlongK ? mn < operand_.mn_count : k < k_end);
+      const Offsets at_row = !valid ? Offsets{0, 0} : kAlongK ? operand_.mn.at(mn) : operand_.k.at(k);
+      const int at = Layout::offset(row, along / kVector) + along % kVector * kSize;
+      copy(tile + at, data_[0] + along_k.data + at_row.data, bytes, valid);
+      if (masked()) copy(aux_tile + at, aux_[0] + along_k.aux + at_row.aux, bytes, valid);
     }
   }
 
-  // Too small for cp.async: through registers, a few reads under way at a time.
-  __device__ __forceinline__ void load_elements(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
-                                                uint32_t k_end) const {
-    constexpr int kTogether = 4;
-    const TileIndex t = tile_index(params);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kChunks * kVector; i += kTogether * kThreads) {
-      T value[kTogether], aux_value[kTogether];
-      int at[kTogether];
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const Piece p = piece(i + j * kThreads, 1, k0, k_end);
-        at[j] = p.at;
-        value[j] = p.valid ? data(t)[p.from.data] : narrow<T>(0.0f);
-        if (masked()) aux_value[j] = p.valid ? aux(t)[p.from.aux] : narrow<T>(0.0f);
-      }
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        *reinterpret_cast<T*>(tile + at[j]) = value[j];
-        if (masked()) *reinterpret_cast<T*>(aux_tile + at[j]) = aux_value[j];
-      }
-    }
+  static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int bytes, bool valid) {
+    if (bytes == 16)
+      ptx::cp_async<16>(to, from, valid);
+    else if (bytes == 8)
+      ptx::cp_async<8>(to, from, valid);
+    else
+      ptx::cp_async<4>(to, from, valid);
   }
+
+  const Operand& operand_;
+  const uint32_t mn0_;
+  int first_;       // where this thread's first vector lies in the tile, in bytes
+  uint32_t along_;  // and its k
+  const T* data_[kPointers];
+  const T* aux_[kPointers];
 };
 
 }  // namespace conv1x1::cuda

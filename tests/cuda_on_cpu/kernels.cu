@@ -31,17 +31,17 @@ __global__ void __launch_bounds__(128) sgemm(const float* a, const float* b, flo
       if (m0 + row + i < m && n0 + col + j < n) c[(m0 + row + i) * n + n0 + col + j] = sum[i][j];
 }
 
-enum CopyFault { kNoFault, kNoWait, kWaitTooWeak, kNoCommit, kNotFinished, kMisaligned, kNotShared, kTooMany };
+enum CopyFault { kNoFault, kNoWait, kWaitTooWeak, kNoCommit, kNotFinished, kMisaligned, kNotShared };
 
-// Doubles 2 x 128 x 4 floats, copied as two groups; `valid` bytes of every 16.
+// Doubles 2 x 128 x 4 floats, copied as two groups; zeros where not valid.
 template <int kFault>
-__global__ void copies(const float* in, float* out, int valid) {
+__global__ void copies(const float* in, float* out, bool valid) {
   CONV1X1_DYNAMIC_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
   for (int s = 0; s < 2; ++s) {
     const int at = (s * 128 + static_cast<int>(threadIdx.x)) * 4;
     const float* from = kFault == kMisaligned ? in + at + 1 : in + at;
-    ptx::cp_async<16>(kFault == kNotShared ? out + at : shared + at, from, kFault == kTooMany ? 17 : valid);
+    ptx::cp_async<16>(kFault == kNotShared ? out + at : shared + at, from, valid);
     if (kFault != kNoCommit) ptx::cp_async_commit();
   }
   if (kFault == kNoFault || kFault == kNoCommit) ptx::cp_async_wait<0>();
@@ -164,7 +164,7 @@ __global__ void half_to_float(float* half, float* bfloat16) {
 
 template <int kFault>
 void run_copies(const float* in, float* out, int valid) {
-  CONV1X1_LAUNCH((copies<kFault>), 1, 128, 2 * 128 * 16, nullptr, in, out, valid);
+  CONV1X1_LAUNCH((copies<kFault>), 1, 128, 2 * 128 * 16, nullptr, in, out, valid != 0);
 }
 
 }  // namespace
@@ -189,7 +189,7 @@ EXPORT void run_sgemm(int fault, const float* a, const float* b, float* c, int m
 EXPORT void run_copies(int fault, const float* in, float* out, int valid) {
   constexpr void (*run[])(const float*, float*, int) = {
       run_copies<kNoFault>,     run_copies<kNoWait>,     run_copies<kWaitTooWeak>, run_copies<kNoCommit>,
-      run_copies<kNotFinished>, run_copies<kMisaligned>, run_copies<kNotShared>,   run_copies<kTooMany>};
+      run_copies<kNotFinished>, run_copies<kMisaligned>, run_copies<kNotShared>};
   run[fault](in, out, valid);
 }
 

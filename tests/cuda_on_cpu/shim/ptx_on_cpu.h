@@ -12,11 +12,13 @@
 namespace conv1x1::cuda::ptx {
 
 template <int kBytes>
-void cp_async(void* shared, const void* global, int valid, const char* file = __builtin_FILE(),
+void cp_async(void* shared, const void* global, bool valid, const char* file = __builtin_FILE(),
               int line = __builtin_LINE()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  emulator::queue_copy(shared, global, kBytes, valid, {file, line});
+  emulator::queue_copy(shared, global, kBytes, valid ? kBytes : 0, {file, line});
 }
+
+inline void opaque(int&) {}
 
 inline void cp_async_commit() { emulator::close_group(); }
 
