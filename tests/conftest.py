@@ -3,7 +3,9 @@
 Inputs are random and fresh in every session; the header prints CONV1X1_TEST_SEED, which repeats a failure.
 CONV1X1_TEST_AMX is set by tests/test_amx.py: the folder of a library with emulated AMX, to be tested instead.
 CONV1X1_TEST_DEVICE=cuda makes every tensor and module on that device; what only a CPU has is skipped there, with the
-reason. hypothesis and expecttest may be missing: the tests that need them are skipped, and say so.
+reason. CONV1X1_TEST_PART=2/4 runs the second of four parts of the tests collected: how tests/gpu_check.py shares a file
+among processes without a plugin. hypothesis and expecttest may be missing: the tests that need them are skipped, and
+say so.
 """
 
 import os
@@ -52,7 +54,13 @@ def pytest_report_header(config):
     return f"CONV1X1_TEST_SEED={os.environ['CONV1X1_TEST_SEED']} CONV1X1_TEST_DEVICE={DEVICE}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, os.environ.get("CONV1X1_TEST_PART", "1/1").split("/"))
+    # By a hash: every n-th test would have one value of a parameter, and the costly ones often share one.
+    ours = [zlib.crc32(item.nodeid.encode()) % parts == part - 1 for item in items]
+    if not all(ours):
+        config.hook.pytest_deselected(items=[item for item, keep in zip(items, ours, strict=True) if not keep])
+        items[:] = [item for item, keep in zip(items, ours, strict=True) if keep]
     if torch.device(DEVICE).type == "cpu":
         return
     for item in items:

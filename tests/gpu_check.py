@@ -1,15 +1,17 @@
 """Everything that needs a GPU, in one command of at most ten minutes: ``python tests/gpu_check.py`` (make gpu-check).
 
 Needs a GPU, nvcc, torch with CUDA, pytest; installs and downloads nothing. Steps: build in place for the visible GPU;
-the PTX wrappers against the hardware; the suite on the GPU; compute-sanitizer; the operator benchmark. Each has a time
-limit, and one that fails does not stop the next, except that nothing runs without a build. --out gets gpu_check.json,
-a log of each step and the benchmark's own JSON. Exit status: 0 if every step passed, 1 if one did not, 2 without a GPU.
+the PTX wrappers against the hardware; the suite on the GPU and, beside it, compute-sanitizer's tools; alone again, as
+it measures, the operator benchmark. Each has a time limit, and one that fails does not stop the next, except that
+nothing runs without a build. --out gets gpu_check.json, a log of each step and the benchmark's own JSON. Exit status:
+0 if every step passed, 1 if one did not, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import queue
@@ -29,13 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from cuda_toolkit import find_nvcc, find_sanitizer  # noqa: E402
 
-# Collected, but not here: no GPU is needed, or the step before ran it.
+# Collected, but not here: all of it is the CPU's or needs no GPU, or the step before ran it.
 NOT_HERE = (
-    "test_isa", "test_microkernels", "test_determinism", "test_cuda_build", "test_cuda_emulated",
-    "test_cuda_on_cpu_shim", "test_gpu_check", "test_cuda_ptx",
+    "test_amx", "test_bench", "test_determinism", "test_isa", "test_microkernels", "test_packed_weight", "test_parts",
+    "test_prepack", "test_cuda_build", "test_cuda_emulated", "test_cuda_on_cpu_shim", "test_gpu_check", "test_cuda_ptx",
 )  # fmt: skip
 # The longest first, so that no process is left with one at the end.
-LONGEST = ("test_cuda", "test_operator", "test_fprop", "test_wgrad", "test_dgrad", "test_avg_pool")
+LONGEST = ("test_cuda", "test_operator", "test_fprop", "test_strides", "test_wgrad", "test_avg_pool", "test_dgrad")
+# Files that several processes share, so that no part lasts longer than test_cuda. Not test_cuda itself: its tensors of
+# more than 2^31 elements would meet on the GPU.
+PARTS = {"test_operator": 4, "test_fprop": 2, "test_strides": 2}
 NO_TESTS = "failed (exit status 5)"
 SANITIZER = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -89,42 +94,74 @@ def suite_files(tests: Path = ROOT / "tests") -> list[Path]:
     return sorted(files, key=lambda p: (LONGEST.index(p.stem) if p.stem in LONGEST else len(LONGEST), p.stem))
 
 
+def joined(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of a file's parts as the file's: seconds are the longest's."""
+    bad = [r["status"] for r in results if r["status"] != "passed"]
+    whole: dict[str, Any] = {"status": ", ".join(dict.fromkeys(bad)) or "passed"}
+    seconds = [r["seconds"] for r in results if "seconds" in r]
+    if seconds:
+        whole["seconds"] = max(seconds)
+    for key in ("counts", "skips"):
+        found = [collections.Counter(r[key]) for r in results if key in r]
+        if found:
+            whole[key] = dict(sum(found, collections.Counter()))
+    if any("failures" in r for r in results):
+        whole["failures"] = [f for r in results for f in r.get("failures", [])]
+    return whole
+
+
 def run_suite(
-    files: Sequence[Path], workers: int, limit: float, out: Path, env: Mapping[str, str] | None = None
+    files: Sequence[Path],
+    workers: int,
+    limit: float,
+    out: Path,
+    env: Mapping[str, str] | None = None,
+    parts: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """``workers`` plain pytest processes, a file each at a time: no plugin needed, and a crash costs one file."""
+    """``workers`` plain pytest processes, a file each at a time: no plugin needed, and a crash costs one file.
+
+    ``parts`` names the files that several processes share (tests/conftest.py says how).
+    """
     deadline = time.monotonic() + limit
-    waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[Path, int, int]] = queue.SimpleQueue()
+    found: dict[str, list[dict[str, Any]]] = {}
     for path in files:
-        waiting.put(path)
-    results: dict[str, dict[str, Any]] = {}
+        count = (parts or {}).get(path.stem, 1)
+        found[path.stem] = [{} for _ in range(count)]
+        for part in range(count):
+            waiting.put((path, part, count))
+
+    def run_part(path: Path, part: int, count: int) -> dict[str, Any]:
+        left = deadline - time.monotonic()
+        if left < 5:
+            return {"status": "not run: no time was left"}
+        name = path.stem if count == 1 else f"{path.stem}-{part + 1}"
+        junit, log = out / f"{name}.xml", out / "tests" / f"{name}.log"
+        command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={junit}", path]
+        begin = time.monotonic()
+        status = run_limited(command, left, log, {**(env or {}), "CONV1X1_TEST_PART": f"{part + 1}/{count}"})
+        result = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
+        if status == NO_TESTS:  # a whole file skipped; the reason is in its results
+            result["status"] = "passed"
+        if junit.exists():
+            result |= read_junit(junit)
+            junit.unlink()
+        return result
 
     def work() -> None:
         while True:
             try:
-                path = waiting.get_nowait()
+                path, part, count = waiting.get_nowait()
             except queue.Empty:
                 return
-            left = deadline - time.monotonic()
-            if left < 5:
-                results[path.stem] = {"status": "not run: no time was left"}
-                continue
-            junit, log = out / f"{path.stem}.xml", out / "tests" / f"{path.stem}.log"
-            command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={junit}", path]
-            begin = time.monotonic()
-            status = run_limited(command, left, log, env)
-            results[path.stem] = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
-            if status == NO_TESTS:  # a whole file skipped; the reason is in its results
-                results[path.stem]["status"] = "passed"
-            if junit.exists():
-                results[path.stem] |= read_junit(junit)
-                junit.unlink()
+            found[path.stem][part] = run_part(path, part, count)
 
     threads = [threading.Thread(target=work) for _ in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    results = {name: joined(of_parts) for name, of_parts in found.items()}
     totals: collections.Counter[str] = collections.Counter()
     for result in results.values():
         totals.update(result.get("counts", {}))
@@ -140,6 +177,8 @@ class Check:
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self._deadline = time.monotonic() + budget
+        self._lock = threading.Lock()
+        self._logs = itertools.count()
         self.data: dict[str, Any] = {**facts, "budget_s": budget, "steps": {}}
 
     def left(self) -> float:
@@ -148,7 +187,8 @@ class Check:
     def step(self, name: str, limit: float, run: Callable[[float], Mapping[str, Any]]) -> bool:
         """Runs a step with its limit in seconds, less where less is left; writes the JSON after each."""
         limit = min(limit, self.left())
-        print(f"{name}: at most {limit:.0f} s ...", flush=True)
+        with self._lock:
+            print(f"{name}: at most {limit:.0f} s ...", flush=True)
         begin = time.monotonic()
         result: Mapping[str, Any]
         if limit < 5:
@@ -159,16 +199,27 @@ class Check:
             except Exception as error:
                 result = {"status": f"failed: {type(error).__name__}: {error}"}
         entry = {**result, "seconds": round(time.monotonic() - begin, 1), "limit_s": round(limit, 1)}
-        self.data["steps"][name] = entry
-        (self.out / "gpu_check.json").write_text(json.dumps(self.data, indent=1) + "\n")
-        print(f"{name}: {entry['status']} in {entry['seconds']} s", flush=True)
+        with self._lock:
+            self.data["steps"][name] = entry
+            (self.out / "gpu_check.json").write_text(json.dumps(self.data, indent=1) + "\n")
+            print(f"{name}: {entry['status']} in {entry['seconds']} s", flush=True)
         return bool(entry["status"] == "passed")
+
+    def side_by_side(self, steps: Sequence[tuple[str, float, Callable[[float], Mapping[str, Any]]]]) -> None:
+        """Runs steps, each as step() would, at the same time; the JSON has them in the order given."""
+        for name, _, _ in steps:
+            self.data["steps"][name] = {"status": "not finished"}
+        threads = [threading.Thread(target=self.step, args=step) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def command(self, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Callable[[float], Any]:
         """A step that is one command; its log's tail is kept where it failed."""
 
         def run(limit: float) -> dict[str, Any]:
-            log = self.out / f"{len(self.data['steps']):02d}.log"
+            log = self.out / f"{next(self._logs):02d}.log"
             status = run_limited(command, limit, log, env)
             tail = [] if status == "passed" else log.read_text(errors="replace").splitlines()[-30:]
             return {"status": status, "log": log.name, **({"tail": tail} if tail else {})}
@@ -233,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu_check")
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything")
     parser.add_argument("--bench-seconds", type=float, default=90)
-    parser.add_argument("--workers", type=int, default=max(2, min(6, (os.cpu_count() or 4) // 2)), help="of the suite")
+    parser.add_argument("--workers", type=int, default=max(2, min(12, (os.cpu_count() or 4) // 2)), help="of the suite")
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="STEP", help="build, ptx, suite, a sanitizer's tool, bench"
     )
@@ -261,18 +312,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.step("library has CUDA", 60, check.command(info))
     if "ptx" not in args.skip:
         check.step("ptx", 60, check.command([python, "-m", "pytest", "-q", "-rs", "tests/test_cuda_ptx.py"]))
+    # None of these measures time, and none keeps the GPU busy by itself.
+    beside: list[tuple[str, float, Callable[[float], Mapping[str, Any]]]] = []
     if "suite" not in args.skip:
         threads = max(1, (os.cpu_count() or 4) // args.workers)  # of the float64 reference on the CPU
         env = {"CONV1X1_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": str(threads)}
-        check.step("suite", 240, lambda limit: run_suite(suite_files(), args.workers, limit, check.out, env))
-    bench_left = 0 if "bench" in args.skip else args.bench_seconds + 30
+        parts = {name: min(count, max(1, args.workers // 2)) for name, count in PARTS.items()}
+        suite = lambda limit: run_suite(suite_files(), args.workers, limit, check.out, env, parts)  # noqa: E731
+        beside.append(("suite", 240, suite))
+    sanitizer = find_sanitizer()
     for tool in (t for t in SANITIZER if t not in args.skip):
-        sanitizer = find_sanitizer()
         command = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", python, "tests/cuda_sanitizer_cases.py"]
-        run = check.command(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        run = check.command(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"})
         if sanitizer is None:
             run = lambda limit: {"status": "failed: no compute-sanitizer in the CUDA toolkit"}  # noqa: E731
-        check.step(tool, min(90, check.left() - bench_left), run)
+        beside.append((tool, 240, run))
+    check.side_by_side(beside)
     if "bench" not in args.skip:
         check.step("bench", args.bench_seconds + 60, benchmark(check, args.bench_seconds))
     print(check.summary())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DEVICE,
     DTYPES,
     FLOATS,
     FORMATS,
@@ -324,7 +325,7 @@ def test_modes_and_transforms_see_the_public_operators():
     per_image = torch.vmap(torch.func.grad(lambda x: conv1x1_avg_pool(x, w, b, groups=2).square().sum()))
     _, names = operators_of(lambda: per_image(x.detach()))
     assert "conv1x1_avg_pool" in names and not any(n.startswith("_") for n in names)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert conv1x1_avg_pool(x, w, b, groups=2).dtype == torch.bfloat16
 
 

@@ -59,7 +59,7 @@ def test_tf32_where_the_old_property_raises(precision):
 def test_only_float32_cuda_tensors_ask(monkeypatch):
     asked = []
     monkeypatch.setattr(_eager, "conv_uses_tf32", lambda: asked.append(1) or True)
-    assert not _eager.allow_tf32(torch.empty(1))
+    assert not _eager.allow_tf32(torch.empty(1, device="cpu"))
     with FakeTensorMode():
         for dtype in (torch.float64, torch.bfloat16, torch.float16):
             assert not _eager.allow_tf32(torch.empty(1, dtype=dtype, device="cuda"))
@@ -106,11 +106,25 @@ def test_operators_are_told(precision, allowed):
 @pytest.mark.parametrize("activation", _eager.ACTIVATIONS)
 def test_config_carries_it(activation, tf32):
     config = _eager.make_config(activation, (2, 3), 2, 2) | tf32
-    x, w = torch.randn(2, 4, 7, 7), torch.randn(6, 2, 1, 1)
+    # Quarters, whose products and sums TF32 holds exactly: where it is used, it makes no difference.
+    x, w = (torch.randint(-8, 9, shape) / 4 for shape in ((2, 4, 7, 7), (6, 2, 1, 1)))
     expected = ([2, 3], 2, _eager.activation_name(activation), bool(tf32))
     assert _eager.decode_config(config, w) == expected
     stock = _eager.apply_activation(F.conv2d(x, w, None, (2, 3), groups=2), activation)
     torch.testing.assert_close(_eager._fprop(x, w, None, None, config), stock, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(
+    not GPU or not BUILT or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs a GPU with TF32 and a library with CUDA kernels",
+)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_config_alone_decides(precision, allowed):
+    """Not torch's setting, which the caller has looked at. TF32 rounds 1 + 2^-12 to 1."""
+    torch.backends.cudnn.allow_tf32 = not allowed
+    x, w = torch.full((2, 4, 8, 8), 1 + 2**-12, device="cuda"), torch.ones(6, 4, 1, 1, device="cuda")
+    y = _eager._fprop(x, w, None, None, _eager.make_config(None, 1, 1, 2) | allowed * _eager.TF32)
+    assert (y == (4.0 if allowed else 4 + 2**-10)).all()
 
 
 @pytest.mark.parametrize("config", [0, -1, 1 << 34 | 6, 1 << 34 | 7, 1 << 34 | 15])
@@ -176,14 +190,16 @@ def test_fake_gradients(layout):
 
 def test_fake_errors_name_the_device():
     with FakeTensorMode():
-        x, w = torch.empty(2, 4, 5, 5, device="cuda"), torch.empty(6, 4, 1, 1)
+        x, w = torch.empty(2, 4, 5, 5, device="cuda"), torch.empty(6, 4, 1, 1, device="cpu")
         with pytest.raises(RuntimeError, match="weight: expected the input's device cuda:0, got cpu"):
             torch.ops.conv1x1_ext.conv1x1(x, w, None, None, [1], 1, "none", True)
 
 
 # ---- the kernels' door --------------------------------------------------------------------------------------------
 
-X, W = torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1)
+# On the CPU whatever the default device is.
+X, W = torch.randn(1, 2, 3, 3, device="cpu"), torch.randn(2, 2, 1, 1, device="cpu")
+NO_PANELS = torch.empty(0, dtype=torch.uint8, device="cpu")
 DOORS = {
     "conv1x1": (X, W, None, None, [1], 1, "none", True),
     "conv1x1_backward": (X, X, W, None, [1], 1, "none", True, True, True, True, True),
@@ -191,7 +207,7 @@ DOORS = {
     "conv1x1_avg_pool_backward": (X[..., 0, 0], X, W, None, 1, "relu", True, True, True, True),
     "_fprop": (X, W, None, None, _eager.make_config(None, 1, 1, 2)),
     "_pack_weight": (X, W, _eager.make_config(None, 1, 1, 2)),
-    "_fprop_packed": (X, W, torch.empty(0, dtype=torch.uint8), None, None, _eager.make_config(None, 1, 1, 2)),
+    "_fprop_packed": (X, W, NO_PANELS, None, None, _eager.make_config(None, 1, 1, 2)),
     "_backward": (X, X, W, None, _eager.make_config(None, 1, 1, 2), 7),
     "_avg_pool": (X, W, None, _eager.make_config("relu", 1, 1, 2)),
     "_avg_pool_masked": (X, W, None, _eager.make_config("relu", 1, 1, 2)),

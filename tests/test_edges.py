@@ -1,9 +1,12 @@
 """Empty tensors, NaN, infinities, signed zeros, denormals and extreme strides."""
 
+import re
+
 import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DEVICE,
     DTYPES,
     FLOATS,
     FORMATS,
@@ -98,6 +101,8 @@ def test_special_values_pass_the_activation_as_in_torch(layout, activation, dtyp
     x = x.contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
     y = conv1x1(x, torch.ones(1, 1, 1, 1, dtype=dtype), activation=activation)
     expected = activate(x, activation)
+    if activation == "hardswish" and dtype == torch.float64:  # torch's CUDA kernel multiplies by float32's 1/6
+        expected = torch.where(x.isfinite(), activate(x.cpu(), activation).to(x.device), expected)
     if activation == "gelu":  # of infinities: NaN in some of torch's own code paths and the limit in others
         limit = torch.where(x > 0, x, torch.zeros_like(x))
         assert (y.isnan() | (y == limit))[x.isinf()].all()
@@ -249,4 +254,6 @@ def test_pixels_more_than_4_gib_apart():
 
 def test_explain_of_zero_channels_and_zero_pixels():
     assert conv1x1_ext.explain(torch.randn(1, 0, 4, 4), torch.randn(3, 0, 1, 1))["kernel"].startswith("none")
-    assert "threads" in conv1x1_ext.explain(torch.randn(1, 3, 0, 4), torch.randn(3, 3, 1, 1))
+    explained = conv1x1_ext.explain(torch.randn(1, 3, 0, 4), torch.randn(3, 3, 1, 1))
+    assert not explained["kernel"].startswith("none") and re.search(r"\b[mn] 0\b", explained["gemm"])
+    assert {"cpu": "threads", "cuda": "grid"}[DEVICE.type] in explained

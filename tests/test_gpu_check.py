@@ -1,6 +1,8 @@
 """gpu_check's own logic, without a GPU: failing, crashing and endless steps, the suite's results, JSON, exit code."""
 
 import json
+import re
+import shutil
 import sys
 import time
 
@@ -29,6 +31,30 @@ def test_a_failing_step_does_not_stop_the_next(tmp_path):
     assert check.failed() == ["bad", "raises"]
     text = check.summary()
     assert "the reason" in text and "after: 7 passed" in text and text.endswith("2 steps did not pass: bad, raises")
+
+
+def test_steps_side_by_side(tmp_path):
+    """Each waits for the file that the other writes, so neither passes alone; one more fails and stops neither."""
+
+    def meet(ours, other):
+        ours, other = str(tmp_path / ours), str(tmp_path / other)
+        return python(
+            f"import os, time; print('met by', {ours!r}); open({ours!r}, 'w')\n"
+            f"while not os.path.exists({other!r}): time.sleep(0.05)"
+        )
+
+    check = Check(tmp_path / "out", 60, FACTS)
+    steps = [("a", 30, check.command(meet("a", "b"))), ("bad", 30, check.command(python("raise SystemExit(3)")))]
+    check.side_by_side([*steps, ("b", 30, check.command(meet("b", "a")))])
+    data = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert {name: entry["status"] for name, entry in data["steps"].items()} == {
+        "a": "passed", "bad": "failed (exit status 3)", "b": "passed",
+    }  # fmt: skip
+    assert list(data["steps"]) == ["a", "bad", "b"] and check.failed() == ["bad"]
+    for name in ("a", "b"):  # a log each
+        log = (tmp_path / "out" / data["steps"][name]["log"]).read_text()
+        assert [other for other in ("a", "b") if f"\nmet by {tmp_path / other}\n" in log] == [name]
+    assert check.summary().endswith("1 steps did not pass: bad")
 
 
 def test_a_step_dies_at_its_limit_with_its_children(tmp_path):
@@ -72,6 +98,29 @@ def test_results_of_the_suite(suite):
     assert run_suite([suite / "test_good.py"], 1, 60, suite / "out")["status"] == "passed"
 
 
+def test_a_file_in_parts(tmp_path):
+    """By this suite's own conftest.py: every test runs once, in one of the parts, and the file's results are whole."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    shutil.copy(gpu_check.ROOT / "tests" / "conftest.py", tests)
+    (tests / "test_many.py").write_text(
+        "import os, pathlib, pytest\n"
+        "@pytest.mark.parametrize('i', range(20))\n"
+        "def test_a(i):\n"
+        f"    with open({str(tmp_path / 'ran')!r}, 'a') as f: f.write(f'{{os.getpid()}} {{i}}\\n')\n"
+        "    assert i != 5\n"
+        "    if i in (6, 7): pytest.skip('no moon')\n"
+    )
+    found = run_suite([tests / "test_many.py"], 3, 120, tmp_path / "out", None, {"test_many": 3})
+    ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    assert sorted(int(i) for _, i in ran) == list(range(20)) and len({process for process, _ in ran}) > 1
+    assert found["counts"] == {"passed": 17, "failed": 1, "skipped": 2}
+    file = found["files"]["test_many"]
+    assert file["counts"] == found["counts"] and file["skips"] == {"no moon": 2} and len(file["failures"]) == 1
+    assert found["status"] == "failed: test_many failed (exit status 1)" == f"failed: test_many {file['status']}"
+    assert sorted(p.name for p in (tmp_path / "out" / "tests").iterdir()) == [f"test_many-{i}.log" for i in (1, 2, 3)]
+
+
 def test_a_suite_out_of_time_names_what_did_not_run(suite):
     found = run_suite([suite / "test_good.py"], 1, 1, suite / "out")
     assert found["files"] == {"test_good": {"status": "not run: no time was left"}}
@@ -88,6 +137,17 @@ def test_which_files_run_on_the_gpu():
     names = [p.stem for p in suite_files()]
     assert names[0] == "test_cuda" and {"test_fprop", "test_strides", "test_errors"} <= set(names)
     assert not set(names) & set(gpu_check.NOT_HERE)
+    assert set(gpu_check.PARTS) <= set(names) and set(gpu_check.LONGEST) <= set(names)
+
+
+def test_what_only_the_cpu_has_is_not_run_on_the_gpu():
+    """No file that would only be skipped, and none that compiles the CPU's microkernels, which takes minutes."""
+    for path in suite_files():
+        text = path.read_text()
+        assert not re.search(r"^pytestmark = pytest\.mark\.cpu_only", text, re.MULTILINE), path
+        assert not re.search(r"^def \w+\([^)]*\btable\b|load_table", text, re.MULTILINE), path
+    stems = {path.stem for path in (gpu_check.ROOT / "tests").glob("test_*.py")}
+    assert set(gpu_check.NOT_HERE) <= stems
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

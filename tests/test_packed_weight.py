@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu_only(reason="the CPU's panels")
+
 SHAPES = [(64, 96, 49), (33, 17, 50), (512, 130, 9), (7, 64, 200), (1, 1, 1), (130, 300, 784)]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     ACTIVATIONS,
+    DEVICE,
     DTYPES,
     FLOATS,
     FORMATS,
@@ -207,7 +208,9 @@ def test_frozen_parameters_cost_no_kernel():
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         torch.autograd.grad(y, x, dy)
     names = {event.key for event in prof.key_averages() if "::" in event.key and "autograd" not in event.key}
-    assert names == {"conv1x1_ext::_backward"}
+    # On CUDA torch's allocator is behind an operator, which launches nothing; on the CPU it is called directly.
+    allocations = {"aten::empty_strided"} if DEVICE.type == "cuda" else set()
+    assert names - allocations == {"conv1x1_ext::_backward"}
 
 
 def test_changing_the_saved_output_in_place_is_an_error():
