@@ -68,7 +68,7 @@ struct Operand {
   // count is a multiple of it, so that a chunk exists or does not.
   int chunk_log2 = 0;
   bool k_unit = false;   // that index is k
-  bool streams = false;  // copied in whole vectors, and linear along k: tensor-core kernels only move pointers on
+  bool streams = false;  // linear along k, and whole vectors if that is k: tensor-core kernels only move pointers on
   int64_t group_stride = 0, aux_group_stride = 0, image_stride = 0;
 };
 

@@ -6,11 +6,11 @@
 #pragma once
 
 #include "device.cuh"
+#include "heuristics.h"
 
 namespace conv1x1::cuda {
 
-constexpr int kPad = 8;  // two rows that mma's lanes write at once meet no bank twice
-
+// Two rows that mma's lanes write at once meet no bank twice.
 template <int kBlockN>
 constexpr int kEpilogueStride = kBlockN + kPad;
 
@@ -86,7 +86,7 @@ __device__ __forceinline__ Acc finished(Acc x, const GemmParams& p) {
 // the same columns in every row that it takes, so that what depends on n is worked out once.
 template <int kChunk, bool kRange, class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p, uint32_t group, uint32_t m0,
-                                           uint32_t n0) {
+                                           uint32_t n0, bool biased) {
   constexpr int kChunks = kBlockN / kChunk, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0);
   const uint32_t col = threadIdx.x % kChunks * kChunk, n = n0 + col;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p,
   const T* const residual =
       p.d.residual ? static_cast<const T*>(p.d.residual) + group * p.d.residual_group_stride + at_n.aux : nullptr;
   const int64_t channel = p.bias_along_m ? static_cast<int64_t>(group) * p.m : static_cast<int64_t>(group) * p.n + n;
-  const T* const bias = p.bias ? static_cast<const T*>(p.bias) + channel * p.bias_stride : nullptr;
+  const T* const bias = p.bias && !biased ? static_cast<const T*>(p.bias) + channel * p.bias_stride : nullptr;
   Acc offset[kChunk] = {};
   if (bias && !p.bias_along_m)
 #pragma unroll
@@ -169,12 +169,14 @@ __device__ __noinline__ void rare_epilogue(const Acc* tile, const GemmParams* __
     pool_rows<T, kRows, kBlockN, kThreads>(tile, p, t, m0, n0,
                                            p.pool_along_n ? t.tile_n : t.tile_m * (kBlockM / kRows) + pass);
   else
-    store_rows<1, false, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+    store_rows<1, false, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0, false);
 }
 
-// The kRows rows of pass `pass` of this block's tile, which lie in shared memory; every thread calls.
+// The kRows rows of pass `pass` of this block's tile, which lie in shared memory, with the bias in them or not; every
+// thread calls.
 template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
-__device__ __forceinline__ void epilogue(const Acc* tile, const GemmParams& p, const TileIndex& t, int pass) {
+__device__ __forceinline__ void epilogue(const Acc* tile, const GemmParams& p, const TileIndex& t, int pass,
+                                         bool biased) {
   constexpr int kVector = 16 / sizeof(T), kPartials = 16 / sizeof(Acc);
   const uint32_t m0 = t.tile_m * kBlockM + pass * kRows, n0 = t.tile_n * kBlockN;
   if (p.partials) {
@@ -186,9 +188,9 @@ __device__ __forceinline__ void epilogue(const Acc* tile, const GemmParams& p, c
     rare_epilogue<T, kBlockM, kBlockN, kRows, kThreads>(tile, &p, pass);
   } else if (p.d.data) {  // null: dbias alone is wanted
     if (p.d.chunk == kVector)
-      store_rows<kVector, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+      store_rows<kVector, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0, biased);
     else
-      store_rows<1, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0);
+      store_rows<1, true, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0, biased);
   }
 }
 

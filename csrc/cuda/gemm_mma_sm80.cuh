@@ -9,8 +9,8 @@
 
 #include <type_traits>
 
-#include "epilogue.cuh"
 #include "heuristics.h"
+#include "mma_epilogue.cuh"
 #include "tile_loader.cuh"
 
 namespace conv1x1::cuda {
@@ -22,52 +22,47 @@ constexpr int kSharedPerMultiprocessor = 100 * 1024;
 constexpr int kSharedPerMultiprocessor = 160 * 1024;
 #endif
 
-template <class T_, int kBlockM_, int kBlockN_, int kWarpM_, int kStages_, Major kMajorA_, Major kMajorB_,
-          Masked kMasked_, bool kRowSums_>
+template <class T_, int kKind, int kTile>
 struct MmaConfig {
   using T = T_;
-  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpM = kWarpM_, kWarpN = 32, kStages = kStages_;
-  static constexpr Major kMajorA = kMajorA_, kMajorB = kMajorB_;
-  static constexpr Masked kMasked = kMasked_;
-  static constexpr bool kRowSums = kRowSums_;  // wgrad: sums of A's rows, and a mask of A that may be absent
+  static constexpr MmaKind kOf = kMmaKinds[kKind];
+  static constexpr Tile kShape = kMmaTiles[kTile];
+  static constexpr int kBlockM = kShape.m, kBlockN = kShape.n, kWarpM = kShape.warp_m, kWarpN = kShape.warp_n;
+  static constexpr Major kMajorA = kOf.a, kMajorB = kOf.b;
+  static constexpr Masked kMasked = kOf.masked;
+  static constexpr bool kRowSums = kOf.row_sums;  // wgrad: sums of A's rows, and a mask of A that may be absent
   static constexpr int kWarpsN = kBlockN / kWarpN;
   static constexpr int kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
-  static constexpr int kBlockK = kBlockKBytes / sizeof(T);
-  static constexpr int kAuxBlock = kMasked == Masked::kA ? kBlockM : kMasked == Masked::kB ? kBlockN : 0;
-  static constexpr int kStageBytes = (kBlockM + kBlockN + kAuxBlock) * kBlockKBytes;
-  static constexpr int kMainloopBytes = kStages * kStageBytes;
-  static constexpr int kTileBytes = kEpilogueBytes<float, kBlockM, kBlockN>;
-  static constexpr int kSharedBytes = kMainloopBytes > kTileBytes ? kMainloopBytes : kTileBytes;
+  static constexpr int kBlockK = kBlockKBytes / sizeof(T), kStages = mma_stages(kOf);
+  static constexpr int kStageBytes = mma_stage_bytes(kOf, kShape), kSharedBytes = mma_shared_bytes(kOf, kShape);
+  static constexpr int kRows = mma_rows(kShape);  // that the epilogue takes at a time in float32
+  static_assert(kRows % kWarpM == 0);
   // With a mask's fragments besides, two steps at once would need more registers than there are.
   static constexpr int kUnroll = kMasked == Masked::kNone ? 2 : 1;
   // Blocks that a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
-  static constexpr int kRoom = kSharedPerMultiprocessor / kSharedBytes;
+  static constexpr int kRoom = kSharedPerMultiprocessor / kSharedBytes > 1 ? kSharedPerMultiprocessor / kSharedBytes : 1;
   static constexpr int kBlocks = 512 / kThreads < kRoom ? 512 / kThreads : kRoom;
 };
 
-// The two elements of a 16-bit fragment register.
+// What a mask bars beside what is not positive, as the bits of a fragment register: ReLU6's outputs of 6. No output of
+// ReLU is -1.
 template <class T>
-__device__ __forceinline__ void unpack(uint32_t bits, float& low, float& high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    low = __uint_as_float(bits << 16);
-    high = __uint_as_float(bits & 0xffff0000u);
-  } else {
-    T pair[2];
-    memcpy(pair, &bits, 4);
-    low = widen(pair[0]);
-    high = widen(pair[1]);
-  }
+__device__ __forceinline__ uint32_t barred_by(Mask mask) {
+  const float value = mask == Mask::kReLU6 ? 6.0f : -1.0f;
+  if constexpr (sizeof(T) == 4)
+    return __float_as_uint(value);
+  else
+    return ptx::pack(value, value, T());
 }
 
-// A fragment register of dy where the saved output lets it through.
+// A fragment register of dy where the saved output lets it through; a NaN does.
 template <class T>
-__device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, Mask mask) {
+__device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, uint32_t barred) {
   if constexpr (sizeof(T) == 4) {
-    return passes(__uint_as_float(y), mask) ? dy : 0u;
+    const float value = __uint_as_float(y);
+    return !(value <= 0.0f) && value != __uint_as_float(barred) ? dy : 0u;
   } else {
-    float low, high;
-    unpack<T>(y, low, high);
-    return dy & ((passes(low, mask) ? 0x0000ffffu : 0u) | (passes(high, mask) ? 0xffff0000u : 0u));
+    return dy & ptx::passing(y, barred, T());
   }
 }
 
@@ -75,10 +70,12 @@ template <class T>
 __device__ __forceinline__ float sum_of(uint32_t bits) {
   if constexpr (sizeof(T) == 4) {
     return __uint_as_float(bits);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __uint_as_float(bits << 16) + __uint_as_float(bits & 0xffff0000u);
   } else {
-    float low, high;
-    unpack<T>(bits, low, high);
-    return low + high;
+    T pair[2];
+    memcpy(pair, &bits, 4);
+    return widen(pair[0]) + widen(pair[1]);
   }
 }
 
@@ -168,7 +165,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
   const FragmentReader<T, C::kMajorA, C::kBlockM, true> read_a(warp_m, lane);
   const FragmentReader<T, C::kMajorB, C::kBlockN, false> read_b(warp_n, lane);
 
-  float sums[kFragmentsM][2 * kPairsN][4] = {};
+  const uint32_t barred = barred_by<T>(p.mask);
+  const FragmentPlace<C> place(m0, n0, warp_m, warp_n, lane);
+  float sums[kFragmentsM][2 * kPairsN][4];
+  start_sums<C>(sums, p, t, place);
   float row_sums[kFragmentsM][2] = {};
 
   // The first kStages - 1 rounds only load.
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
           uint32_t y[4];
           read_b.load(y, stage + kOffsetAux, j, s);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], p.mask);
+          for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], barred);
         }
         if constexpr (std::is_same_v<T, float>) round_to_tf32(b[j]);
       }
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
             uint32_t y[4];
             read_a.load(y, stage + kOffsetAux, i, s);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], p.mask);
+            for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], barred);
           }
         }
         if (C::kRowSums && sums_rows) {
@@ -237,20 +237,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
       }
   }
 
-  float* tile = reinterpret_cast<float*>(shared);
   __syncthreads();  // the stages are read
-#pragma unroll
-  for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-    for (int j = 0; j < 2 * kPairsN; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = warp_m + i * 16 + h * 8 + lane / 4, col = warp_n + j * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(tile + row * kEpilogueStride<C::kBlockN> + col) =
-            make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
-      }
-  __syncthreads();
-  epilogue<T, C::kBlockM, C::kBlockN, C::kBlockM, C::kThreads>(tile, p, t, 0);
+  finish_sums<C>(sums, p, t, place, shared);
 #endif
 }
 

@@ -11,12 +11,10 @@ namespace conv1x1::cuda {
 template <class T, int kKind, int kTile>
 cudaError_t launch_one(const GemmParams& params, uint32_t blocks, cudaStream_t stream) {
   constexpr MmaKind kind = kMmaKinds[kKind];
-  constexpr Tile tile = kMmaTiles[kTile];
   if constexpr (!has_tile(kind, kTile, sizeof(T))) {
     return cudaErrorInvalidConfiguration;
   } else {
-    using Config =
-        MmaConfig<T, tile.m, tile.n, tile.warp_m, mma_stages(kind), kind.a, kind.b, kind.masked, kind.row_sums>;
+    using Config = MmaConfig<T, kKind, kTile>;
     if (Config::kSharedBytes > 48 * 1024) {  // what a kernel may have without asking
       const cudaError_t error =
           cudaFuncSetAttribute(gemm_mma<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);

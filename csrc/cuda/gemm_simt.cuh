@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_simt(const __gri
       for (int j = 0; j < kPerThread; ++j)
         tiles[(row0 + i) * kEpilogueStride<C::kBlock> + j / 4 * C::kHalf + col0 + j % 4] = sums[pass * 4 + i][j];
     __syncthreads();
-    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, t, pass);
+    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, t, pass, false);
   }
 }
 

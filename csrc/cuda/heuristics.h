@@ -12,14 +12,15 @@ enum class Major : int { kK, kMN };
 enum class Masked : int { kNone, kA, kB };
 
 struct Tile {
-  int m, n, warp_m;  // a warp's share is warp_m x 32
+  int m, n, warp_m, warp_n;  // of a block, and of each of its warps
   // Measured throughput of such tiles relative to the largest: small ones read more of shared memory per operation.
   double efficiency;
 };
 
-constexpr Tile kMmaTiles[] = {{128, 128, 64, 1.0}, {128, 64, 64, 0.9}, {64, 128, 64, 0.9}, {64, 64, 32, 0.75}};
-constexpr int kMmaTileCount = 4;
-constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8;
+constexpr Tile kMmaTiles[] = {{128, 128, 64, 32, 0.85}, {128, 64, 64, 32, 0.75}, {64, 128, 64, 32, 0.75},
+                              {64, 64, 32, 32, 0.6},    {256, 128, 64, 64, 1.0}, {128, 256, 64, 64, 1.0}};
+constexpr int kMmaTileCount = 6;
+constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8, k256x128 = 16, k128x256 = 32;
 
 // Every pass's natural layouts have a kernel; other combinations take the one that fits the larger operand and gather
 // the other element by element. A tall or wide tile is there where one side is all pixels and the other few channels.
@@ -32,31 +33,47 @@ struct MmaKind {
 
 constexpr MmaKind kMmaKinds[] = {
     // fprop channels last
-    {Major::kK, Major::kK, Masked::kNone, false, k128x128 | k128x64 | k64x64},
+    {Major::kK, Major::kK, Masked::kNone, false, k256x128 | k128x128 | k128x64 | k64x64},
     // fprop NCHW; dgrad channels last, no mask
-    {Major::kK, Major::kMN, Masked::kNone, false, k128x128 | k128x64 | k64x128 | k64x64},
+    {Major::kK, Major::kMN, Masked::kNone, false, k256x128 | k128x256 | k128x128 | k128x64 | k64x128 | k64x64},
     // dgrad NCHW, wgrad channels last, no mask
-    {Major::kMN, Major::kMN, Masked::kNone, false, k128x128 | k64x128 | k64x64},
+    {Major::kMN, Major::kMN, Masked::kNone, false, k256x128 | k128x256 | k128x128 | k64x128 | k64x64},
     // dgrad channels last
-    {Major::kK, Major::kMN, Masked::kA, false, k128x128 | k128x64 | k64x64},
+    {Major::kK, Major::kMN, Masked::kA, false, k256x128 | k128x128 | k128x64 | k64x64},
     // dgrad NCHW
-    {Major::kMN, Major::kMN, Masked::kB, false, k128x128 | k64x128 | k64x64},
+    {Major::kMN, Major::kMN, Masked::kB, false, k128x256 | k128x128 | k64x128 | k64x64},
     // wgrad NCHW
-    {Major::kK, Major::kK, Masked::kA, true, k128x64 | k64x64},
+    {Major::kK, Major::kK, Masked::kA, true, k128x128 | k128x64 | k64x64},
     // wgrad channels last
     {Major::kMN, Major::kMN, Masked::kA, true, k128x128 | k128x64 | k64x64},
 };
 constexpr int kMmaKindCount = 7;
+
+constexpr int kBlockKBytes = 64;  // of k in a stage
+
+// Three tiles a stage where there is a mask: fewer stages keep two blocks on a multiprocessor.
+constexpr int mma_stages(const MmaKind& kind) { return kind.masked == Masked::kNone ? 4 : 3; }
+
+constexpr int mma_stage_bytes(const MmaKind& kind, const Tile& tile) {
+  const int aux = kind.masked == Masked::kA ? tile.m : kind.masked == Masked::kB ? tile.n : 0;
+  return (tile.m + tile.n + aux) * kBlockKBytes;
+}
+
+// Rows of float32 sums that the epilogue lays into shared memory at a time, padded.
+constexpr int kPad = 8;
+constexpr int mma_rows(const Tile& tile) { return tile.m * tile.n > 128 * 128 ? tile.m / 2 : tile.m; }
+
+constexpr int mma_shared_bytes(const MmaKind& kind, const Tile& tile) {
+  const int mainloop = mma_stages(kind) * mma_stage_bytes(kind, tile), rows = mma_rows(tile) * (tile.n + kPad) * 4;
+  return mainloop > rows ? mainloop : rows;
+}
 
 // wgrad in TF32 has no registers left for the largest tile.
 constexpr bool has_tile(const MmaKind& kind, int tile, int element_bytes) {
   return (kind.tiles >> tile & 1) != 0 && !(kind.row_sums && element_bytes == 4 && tile == 0);
 }
 
-// Three tiles a stage where there is a mask: fewer stages keep two blocks on a multiprocessor.
-constexpr int mma_stages(const MmaKind& kind) { return kind.masked == Masked::kNone ? 4 : 3; }
-
-constexpr Tile kSimtTiles[] = {{128, 128, 0, 1.0}, {64, 64, 0, 0.7}};
+constexpr Tile kSimtTiles[] = {{128, 128, 0, 0, 1.0}, {64, 64, 0, 0, 0.7}};
 constexpr int kSimtTileCount = 2;
 constexpr int kSimtBlockK[] = {8, 16};
 constexpr int kSimtRows = 64;  // of a tile that the epilogue takes at a time, to fit into any GPU's 48 KiB

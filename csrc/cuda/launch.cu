@@ -40,7 +40,7 @@ Operand operand_of(const Matrix& matrix, const Axis& mn, const Axis& k, bool k_u
     o.image_stride = (k_unit ? mn : k).count * repack.pitch;
     o.group_stride = images * o.image_stride;
   }
-  o.streams = chunk == vector && o.k.nd == 1 && o.mn_count > 0;
+  o.streams = (chunk == vector || !k_unit) && o.k.nd == 1 && o.mn_count > 0;
   return o;
 }
 
@@ -201,11 +201,14 @@ DeviceAxis device_axis(const Axis& axis) {
     out.aux_stride[d] = axis.aux_stride[from];
     if (d + 1 < axis.nd) out.size[d] = FastDivmod(static_cast<uint32_t>(axis.size[from]));
   }
+  // A single index may have any stride: pointers beyond it, which nobody follows, stay aligned.
+  if (axis.count == 1) out.stride[0] = out.aux_stride[0] = 0;
   return out;
 }
 
 int64_t pool_slots(const GemmProblem& g, const Plan& plan) {
-  const int64_t passes = plan.kernel == Kernel::kSimt ? plan.block_m / kSimtRows : 1;
+  const int rows = plan.kernel == Kernel::kSimt ? kSimtRows : mma_rows(kMmaTiles[plan.tile]);
+  const int64_t passes = plan.block_m / rows;
   return g.pool_along_n ? plan.tiles_n : plan.tiles_m * passes;
 }
 

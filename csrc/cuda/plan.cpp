@@ -166,6 +166,7 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   best.cycles = -1;
   for (int i = 0; i < (mma ? kMmaTileCount : kSimtTileCount); ++i) {
     if (mma && !has_tile(kMmaKinds[plan.kind], i, bytes)) continue;
+    if (mma && mma_shared_bytes(kMmaKinds[plan.kind], kMmaTiles[i]) > device.shared_memory) continue;
     if (!mma && g.dtype != DType::kFloat32 && i == 0) continue;  // float64's accumulators do not fit into registers
     const Tile& tile = mma ? kMmaTiles[i] : kSimtTiles[i];
     const int block_k = mma ? 64 / bytes : kSimtBlockK[i];
@@ -184,10 +185,10 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.slices = best.slices;
   plan.slice = best.slice;
 
-  // Stores are whole vectors or single elements; only the latter know every activation.
-  const bool vectors = masks_from_output(g.activation) &&
-                       chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, 16 / bytes, true) == 16 / bytes;
-  plan.d_chunk = vectors ? 16 / bytes : 1;
+  // Stores: whole vectors, for tensor cores also half of one, or single elements; only the latter know every activation.
+  const int vector = 16 / bytes, stored = chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, vector, true);
+  const bool halves = mma && bytes == 2 && stored >= 4 && !g.d.aux;
+  plan.d_chunk = !masks_from_output(g.activation) ? 1 : stored == vector ? vector : halves ? 4 : 1;
   if (plan.slices > 1 && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
   if (g.row_sums.data) plan.row_sums = aligned(plan.slices * g.groups * g.m * accumulator);
   plan.workspace = plan.partials + plan.row_sums;

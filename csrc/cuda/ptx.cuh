@@ -95,6 +95,41 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t float_bits) {
   return rounded;
 }
 
+// All ones in each 16-bit half where y is neither <= 0 nor `barred` (a NaN is neither).
+__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t barred, __half) {
+  __half2 value, other;
+  memcpy(&value, &y, 4);
+  memcpy(&other, &barred, 4);
+  return __hgtu2_mask(value, __half2half2(__ushort_as_half(0))) & __hneu2_mask(value, other);
+}
+
+__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t barred, __nv_bfloat16) {
+  __nv_bfloat162 value, other;
+  memcpy(&value, &y, 4);
+  memcpy(&other, &barred, 4);
+  return __hgtu2_mask(value, __bfloat162bfloat162(__ushort_as_bfloat16(0))) & __hneu2_mask(value, other);
+}
+
+// x in [lower, upper]; NaN stays NaN.
+__device__ __forceinline__ float in_range(float x, float lower, float upper) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lower));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(upper));
+  return x;
+}
+
+// Two floats rounded to 16 bits each, x in the lower half.
+__device__ __forceinline__ uint32_t pack(float x, float y, __half) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(y), "f"(x));
+  return packed;
+}
+
+__device__ __forceinline__ uint32_t pack(float x, float y, __nv_bfloat16) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(y), "f"(x));
+  return packed;
+}
+
 }  // namespace conv1x1::cuda::ptx
 
 #endif

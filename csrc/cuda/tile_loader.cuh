@@ -14,10 +14,9 @@
 #pragma once
 
 #include "device.cuh"
+#include "heuristics.h"
 
 namespace conv1x1::cuda {
-
-constexpr int kBlockKBytes = 64;
 
 template <class T, Major kMajor, int kBlock>
 struct TileLayout {
@@ -43,35 +42,43 @@ template <class T, Major kMajor, int kBlock, int kThreads, bool kWithAux>
 class TileLoader {
   using Layout = TileLayout<T, kMajor, kBlock>;
   static constexpr bool kAlongK = kMajor == Major::kK;
-  static constexpr int kVector = Layout::kVector, kSize = sizeof(T), kBlockK = Layout::kBlockK;
+  static constexpr int kVector = Layout::kVector, kLog2 = kVector == 8 ? 3 : 2;
+  static constexpr int kSize = sizeof(T), kBlockK = Layout::kBlockK;
   static constexpr int kLine = kAlongK ? kBlockK : kBlock;  // elements along the tile's contiguous index
-  // A thread's vectors: the same place in every kStep-th row, at the same place of the swizzle.
-  static constexpr int kStep = kThreads / Layout::kChunksPerRow, kRounds = Layout::kRows / kStep;
-  static constexpr int kStepBytes = kAlongK ? kStep * kBlockKBytes : kStep * kBlock * kSize;
-  static_assert(kRounds * kStep == Layout::kRows && kStep % (kAlongK ? 16 : kSize == 2 ? 8 : 4) == 0);
-  static constexpr int kPointers = kAlongK ? kRounds : 1;
+  static constexpr int kRowBytes = kAlongK ? kBlockKBytes : kBlock * kSize;  // kK: on average, two rows being a line
+  // A thread's pieces of kCount elements: the same place in every kStep-th row.
+  template <int kCount>
+  struct Share {
+    static constexpr int kStep = kThreads * kCount / kLine, kRounds = Layout::kRows / kStep;
+    static_assert(kRounds * kStep == Layout::kRows && (!kAlongK || kStep % 16 == 0));
+    // From the first row's place to another's, as the swizzle differs where rows are not a multiple of its period apart.
+    static __device__ __forceinline__ constexpr int swizzle(int i) {
+      return kAlongK ? 0 : kSize == 2 ? (i * kStep & 7) << 4 : (i * kStep & 3) << 5;
+    }
+  };
+  static constexpr int kPointers = kAlongK ? Share<kVector>::kRounds : 1;
 
  public:
   __device__ __forceinline__ TileLoader(const Operand& o, const TileIndex& t, uint32_t first, uint32_t k_begin)
       : operand_(o), mn0_(first) {
     const T* const data = static_cast<const T*>(o.data) + t.group * o.group_stride + t.image * o.image_stride;
     const T* const aux = masked() ? static_cast<const T*>(o.aux) + t.group * o.aux_group_stride : nullptr;
-    const int row = threadIdx.x / Layout::kChunksPerRow, chunk = threadIdx.x % Layout::kChunksPerRow;
-    first_ = Layout::offset(row, chunk);
+    const int row = threadIdx.x / pieces(), along = piece_along();
+    first_ = Layout::offset(row, along / kVector) + along % kVector * kSize;
     ptx::opaque(first_);
-    along_ = kAlongK ? chunk * kVector : row;
+    along_k_ = kAlongK ? along : row;
 #pragma unroll
     for (int i = 0; i < kPointers; ++i) {
       data_[i] = data;
       aux_[i] = aux;
       if (kAlongK && !o.streams) continue;
       // What is past the end copies the last.
-      const uint32_t mn = mn0_ + (kAlongK ? row + i * kStep : piece_along());
+      const uint32_t mn = mn0_ + (kAlongK ? row + i * Share<kVector>::kStep : along);
       const Offsets at = o.mn.at(min(mn, o.mn_count - (kAlongK ? 1u : 1u << o.chunk_log2)));
       data_[i] += at.data;
       aux_[i] += at.aux;
       if (!o.streams) continue;
-      const int64_t k = k_begin + along_;
+      const int64_t k = k_begin + along_k_;
       data_[i] += k * o.k.stride[0];
       aux_[i] += k * o.k.aux_stride[0];
     }
@@ -79,23 +86,33 @@ class TileLoader {
 
   // [k0, k_end) of k into a stage's tiles; stage after stage, each kBlockK further.
   __device__ __forceinline__ void load(unsigned char* tile, unsigned char* aux_tile, uint32_t k0, uint32_t k_end) {
-    if (operand_.streams)
-      load_vectors(tile + first_, aux_tile + first_, k0 + along_, k_end);
-    else
+    if (!operand_.streams)
       load_pieces(tile, aux_tile, k0, k_end);
+    else if (kAlongK || operand_.chunk_log2 == kLog2)
+      load_stream<kVector>(tile, aux_tile, k0 + along_k_, k_end);
+    else if (kLog2 > 2 && operand_.chunk_log2 == 2)
+      load_stream<kAlongK ? kVector : 4>(tile, aux_tile, k0 + along_k_, k_end);
+    else if (operand_.chunk_log2 == 1)
+      load_stream<kAlongK ? kVector : 2>(tile, aux_tile, k0 + along_k_, k_end);
+    else if (kSize == 4)
+      load_stream<kAlongK || kSize == 2 ? kVector : 1>(tile, aux_tile, k0 + along_k_, k_end);
   }
 
  private:
   __device__ __forceinline__ bool masked() const { return kWithAux && operand_.aux != nullptr; }
 
-  __device__ __forceinline__ void load_vectors(unsigned char* to, unsigned char* aux_to, uint32_t k, uint32_t k_end) {
+  template <int kCount>
+  __device__ __forceinline__ void load_stream(unsigned char* tile, unsigned char* aux_tile, uint32_t k,
+                                              uint32_t k_end) {
+    using S = Share<kCount>;
     const int64_t stride = kAlongK ? 1 : operand_.k.stride[0], aux_stride = kAlongK ? 1 : operand_.k.aux_stride[0];
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const bool valid = kAlongK ? k < k_end : k + i * kStep < k_end;
-      const int64_t step = kAlongK ? 0 : i * kStep;
-      ptx::cp_async<16>(to + i * kStepBytes, data_[i % kPointers] + step * stride, valid);
-      if (masked()) ptx::cp_async<16>(aux_to + i * kStepBytes, aux_[i % kPointers] + step * aux_stride, valid);
+    for (int i = 0; i < S::kRounds; ++i) {
+      const bool valid = kAlongK ? k < k_end : k + i * S::kStep < k_end;
+      const int at = (first_ ^ S::swizzle(i)) + i * S::kStep * kRowBytes;
+      const int64_t step = kAlongK ? 0 : i * S::kStep;
+      ptx::cp_async<kCount * kSize>(tile + at, data_[i % kPointers] + step * stride, valid);
+      if (masked()) ptx::cp_async<kCount * kSize>(aux_tile + at, aux_[i % kPointers] + step * aux_stride, valid);
     }
 #pragma unroll
     for (int i = 0; i < kPointers; ++i) {
@@ -114,16 +131,23 @@ class TileLoader {
   __device__ __forceinline__ void load_pieces(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
                                               uint32_t k_end) const {
     const int along = piece_along(), step = kThreads / pieces(), bytes = kSize << operand_.chunk_log2;
-    const bool mn_valid = kAlongK || mn0_ + along < operand_.mn_count, k_valid = !kAlongK || k0 + along < k_end;
-    const Offsets along_k = kAlongK && k_valid ? operand_.k.at(k0 + along) : Offsets{0, 0};
+    const DeviceAxis& over = kAlongK ? operand_.mn : operand_.k;  // the rows
+    const uint32_t first = kAlongK ? mn0_ : k0, end = kAlongK ? operand_.mn_count : k_end;
+    const bool along_valid = kAlongK ? k0 + along < k_end : mn0_ + along < operand_.mn_count, linear = over.nd == 1;
+    const Offsets at_along = kAlongK && along_valid ? operand_.k.at(k0 + along) : Offsets{0, 0};
+    const T* const data = data_[0] + at_along.data;
+    const T* const aux = aux_[0] + at_along.aux;
+    int row = threadIdx.x / pieces();
+    Offsets at{(first + row) * over.stride[0], (first + row) * over.aux_stride[0]};
 #pragma unroll 1
-    for (int row = threadIdx.x / pieces(); row < Layout::kRows; row += step) {
-      const uint32_t mn = mn0_ + row, k = k0 + row;
-      const bool valid = mn_valid && k_valid && (kAlongK ? mn < operand_.mn_count : k < k_end);
-      const Offsets at_row = !valid ? Offsets{0, 0} : kAlongK ? operand_.mn.at(mn) : operand_.k.at(k);
-      const int at = Layout::offset(row, along / kVector) + along % kVector * kSize;
-      copy(tile + at, data_[0] + along_k.data + at_row.data, bytes, valid);
-      if (masked()) copy(aux_tile + at, aux_[0] + along_k.aux + at_row.aux, bytes, valid);
+    for (; row < Layout::kRows; row += step) {
+      const bool valid = along_valid && first + row < end;
+      if (!linear) at = valid ? over.at(first + row) : Offsets{0, 0};
+      const int to = Layout::offset(row, along / kVector) + along % kVector * kSize;
+      copy(tile + to, data + at.data, bytes, valid);
+      if (masked()) copy(aux_tile + to, aux + at.aux, bytes, valid);
+      at.data += step * over.stride[0];
+      at.aux += step * over.aux_stride[0];
     }
   }
 
@@ -138,8 +162,8 @@ class TileLoader {
 
   const Operand& operand_;
   const uint32_t mn0_;
-  int first_;       // where this thread's first vector lies in the tile, in bytes
-  uint32_t along_;  // and its k
+  int first_;          // where this thread's first piece lies in the tile, in bytes
+  uint32_t along_k_;  // and its k
   const T* data_[kPointers];
   const T* aux_[kPointers];
 };

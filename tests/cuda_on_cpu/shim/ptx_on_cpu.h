@@ -11,6 +11,9 @@
 
 namespace conv1x1::cuda::ptx {
 
+inline float widened(__half value) { return __half2float(value); }
+inline float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+
 template <int kBytes>
 void cp_async(void* shared, const void* global, bool valid, const char* file = __builtin_FILE(),
               int line = __builtin_LINE()) {
@@ -123,6 +126,34 @@ inline uint32_t round_to_tf32(uint32_t float_bits) {
   if (magnitude > 0x7f800000u) return 0x7fffffffu;
   if (magnitude == 0x7f800000u) return float_bits;
   return (float_bits + 0x1000u) & 0xffffe000u;
+}
+
+template <class T>
+uint32_t passing(uint32_t y, uint32_t barred, T) {
+  uint32_t mask = 0;
+  for (int half = 0; half < 2; ++half) {
+    T value, other;
+    const uint16_t bits = static_cast<uint16_t>(y >> 16 * half), other_bits = static_cast<uint16_t>(barred >> 16 * half);
+    std::memcpy(&value, &bits, 2);
+    std::memcpy(&other, &other_bits, 2);
+    const float v = widened(value);
+    if (!(v <= 0) && v != widened(other)) mask |= 0xffffu << 16 * half;
+  }
+  return mask;
+}
+
+inline float in_range(float x, float lower, float upper) {
+  if (std::isnan(x)) return __uint_as_float(0x7fffffffu);
+  return x < lower ? lower : x > upper ? upper : x;
+}
+
+inline uint32_t pack(float x, float y, __half) {
+  return __half_as_ushort(__float2half_rn(x)) | static_cast<uint32_t>(__half_as_ushort(__float2half_rn(y))) << 16;
+}
+
+inline uint32_t pack(float x, float y, __nv_bfloat16) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(y))) << 16;
 }
 
 }  // namespace conv1x1::cuda::ptx
