@@ -4,6 +4,7 @@ This proves indices, masks, fragments, barriers and the arithmetic of the plans.
 the sources, nor anything about speed or about how the hardware sums in mma.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cuda_on_cpu.cases import (
     SAMPLE,
     SMALL_GPU,
     TF32,
+    TILED,
     avg_pool,
     avg_pool_backward,
     backward,
@@ -39,6 +41,10 @@ from helpers import (
     same_bits,
     stock_forward,
 )  # fmt: skip
+
+
+MMA_MODES = (TF32, torch.float16, torch.bfloat16)
+MMA_TILES = ("128x128", "128x64", "64x128", "64x64", "256x128", "128x256")  # heuristics.h's, in its order
 
 
 @pytest.fixture(scope="session")
@@ -169,18 +175,32 @@ def test_large_tiles(emulator, case, activation, layouts, mode):
         avg_pool(emulator, case, mode, layouts[0], "silu", gpu=SMALL_GPU)
 
 
+@pytest.mark.parametrize("mode", MMA_MODES, ids=str)
+@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
+@pytest.mark.parametrize("tile", range(len(MMA_TILES)), ids=MMA_TILES)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_every_tile(emulator, case, tile, layouts, mode):
+    gpu = Gpu(90, 132, 227 << 10, only_tile=tile)
+    for residual in (False, True):
+        fprop(emulator, case, mode, layouts, residual=residual, gpu=gpu)
+    for direction, activation in itertools.product(("dgrad", "wgrad"), ("relu6", None)):
+        backward(emulator, direction, case, mode, layouts, activation=activation, gpu=gpu)
+    avg_pool(emulator, case, dtype_of(mode), layouts[0], "silu", gpu=gpu)
+
+
 def test_the_cases_do_use_every_tile(emulator):
     """Or the tests would prove nothing about the others."""
     tiles = {"simt": set(), "mma": set()}
-    for case in LARGE_TILES:
-        for layouts in LAYOUTS[:2]:
-            for mode in (torch.float32, torch.float16):
-                plans = [fprop(emulator, case, mode, layouts, gpu=SMALL_GPU)[1]]
-                plans += [backward(emulator, d, case, mode, layouts, gpu=SMALL_GPU)[1] for d in ("dgrad", "wgrad")]
-                for plan in plans:
-                    tiles[plan["kernel"].split("_")[0]].add(plan["tile"].rsplit("x", 1)[0])
-    assert tiles["simt"] >= {"128x128", "64x64"}
-    assert tiles["mma"] >= {"128x128", "128x64", "64x128", "64x64"}
+    for case, layouts in itertools.product(LARGE_TILES, LAYOUTS[:2]):
+        plans = [fprop(emulator, case, torch.float32, layouts, gpu=SMALL_GPU)[1]]
+        plans += [backward(emulator, d, case, torch.float32, layouts, gpu=SMALL_GPU)[1] for d in ("dgrad", "wgrad")]
+        tiles["simt"].update(plan["tile"].rsplit("x", 1)[0] for plan in plans)
+    for tile, layouts in itertools.product(range(len(MMA_TILES)), LAYOUTS[:2]):
+        gpu = Gpu(90, 132, 227 << 10, only_tile=tile)
+        plan = fprop(emulator, TILED[0], torch.float16, layouts, gpu=gpu)[1]
+        tiles["mma"].add(plan["tile"].rsplit("x", 1)[0])
+    assert tiles["simt"] == {"128x128", "64x64"}
+    assert tiles["mma"] == set(MMA_TILES)
 
 
 # --- devices and determinism ----------------------------------------------------------------------------------------

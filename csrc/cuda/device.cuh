@@ -29,6 +29,7 @@ struct FastDivmod {
   __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
     return divisor == 1 ? n : __umulhi(n, multiplier) >> shift;
   }
+  __device__ __forceinline__ uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
 };
 
 struct Offsets {  // in elements: of the tensor itself, and of the one beside it (mask or residual)
@@ -111,8 +112,8 @@ struct TileIndex {
 
 __device__ __forceinline__ TileIndex tile_index(const GemmParams& p) {
   const auto take = [](uint32_t& id, const FastDivmod& by) {
-    const uint32_t quotient = by.quotient(id), rest = id - quotient * by.divisor;
-    id = quotient;
+    const uint32_t rest = by.remainder(id);
+    id = by.quotient(id);
     return rest;
   };
   uint32_t id = blockIdx.x;

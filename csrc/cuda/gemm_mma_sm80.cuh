@@ -32,7 +32,7 @@ struct MmaConfig {
   static constexpr Masked kMasked = kOf.masked;
   static constexpr bool kRowSums = kOf.row_sums;  // wgrad: sums of A's rows, and a mask of A that may be absent
   static constexpr int kWarpsN = kBlockN / kWarpN;
-  static constexpr int kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
+  static constexpr int kThreads = mma_threads(kShape);
   static constexpr int kBlockK = kBlockKBytes / sizeof(T), kStages = mma_stages(kOf);
   static constexpr int kStageBytes = mma_stage_bytes(kOf, kShape), kSharedBytes = mma_shared_bytes(kOf, kShape);
   static constexpr int kRows = mma_rows(kShape);  // that the epilogue takes at a time in float32

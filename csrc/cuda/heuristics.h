@@ -13,12 +13,11 @@ enum class Masked : int { kNone, kA, kB };
 
 struct Tile {
   int m, n, warp_m, warp_n;  // of a block, and of each of its warps
-  // Measured throughput of such tiles relative to the largest: small ones read more of shared memory per operation.
-  double efficiency;
 };
 
-constexpr Tile kMmaTiles[] = {{128, 128, 64, 32, 0.85}, {128, 64, 64, 32, 0.75}, {64, 128, 64, 32, 0.75},
-                              {64, 64, 32, 32, 0.6},    {256, 128, 64, 64, 1.0}, {128, 256, 64, 64, 1.0}};
+constexpr Tile kMmaTiles[] = {{128, 128, 64, 32}, {128, 64, 64, 32},  {64, 128, 64, 32},
+                              {64, 64, 32, 32},   {256, 128, 64, 64}, {128, 256, 64, 64}};
+constexpr int mma_threads(const Tile& tile) { return 32 * (tile.m / tile.warp_m) * (tile.n / tile.warp_n); }
 constexpr int kMmaTileCount = 6;
 constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8, k256x128 = 16, k128x256 = 32;
 
@@ -73,19 +72,37 @@ constexpr bool has_tile(const MmaKind& kind, int tile, int element_bytes) {
   return (kind.tiles >> tile & 1) != 0 && !(kind.row_sums && element_bytes == 4 && tile == 0);
 }
 
-constexpr Tile kSimtTiles[] = {{128, 128, 0, 0, 1.0}, {64, 64, 0, 0, 0.7}};
+constexpr Tile kSimtTiles[] = {{128, 128, 0, 0}, {64, 64, 0, 0}};
 constexpr int kSimtTileCount = 2;
 constexpr int kSimtBlockK[] = {8, 16};
+constexpr int kSimtThreads = 256;
 constexpr int kSimtRows = 64;  // of a tile that the epilogue takes at a time, to fit into any GPU's 48 KiB
 
-// Cycles that one multiprocessor takes for a tile's k steps, roughly: what counts is how tiles compare.
-struct CostModel {
-  double multiply_adds;      // per cycle, reached in a large tile
-  double load_bytes = 40;    // per cycle, mostly from L2
-  double memory_bytes = 12;  // per cycle, the multiprocessor's share of device memory
-  double fixed = 1500;       // first loads and epilogue
-  double reduction = 4000;   // one more launch
+// Cycles of one multiprocessor, roughly: what counts is how tiles and splits compare. A stage of k takes a block
+// `alone` cycles where latencies decide, and `full` where blocks side by side keep the units busy.
+struct TileCost {
+  double alone, full;
 };
+
+struct CostModel {
+  TileCost tiles[kMmaTileCount];
+  double fixed_alone, fixed_full;  // a block's first loads and its epilogue, for a tile of 128 x 128
+  double masked_alone, masked_full;  // factors of a stage with a mask
+  double reduction, reduced_bytes;   // one more launch, and bytes a cycle that it reads and writes
+};
+
+// Of the tensor-core kernels: fitted on an H100 to every tile and split of the layers of bench/shapes' resnet50 and
+// seed, batch 1 and 32, all passes and both layouts, so that what is chosen is as near to the best as it can be.
+constexpr CostModel kCost16Bits = {
+    {{1020, 510}, {1130, 260}, {1190, 350}, {760, 250}, {1500, 850}, {1500, 850}}, 5300, 3900, 1.4, 1.8, 3200, 30};
+constexpr CostModel kCostTf32 = {
+    {{1160, 790}, {930, 400}, {1020, 560}, {830, 370}, {1700, 1300}, {1700, 1300}}, 7800, 3300, 1.5, 1.5, 3200, 12};
+
+// Of those for CUDA cores, which reach 70 % of 128 multiply-adds a cycle in float32, and 40 in float64.
+constexpr CostModel simt_cost(double multiply_adds) {
+  const double large = kSimtBlockK[0] * 128 * 128 / multiply_adds, small = kSimtBlockK[1] * 64 * 64 / multiply_adds;
+  return {{{1.3 * large, large}, {1.6 * small, 1.4 * small}}, 4000, 2000, 1, 1, 4000, 12};
+}
 
 struct Choice {
   int tile = 0;
@@ -93,28 +110,32 @@ struct Choice {
   double cycles = 0;
 };
 
-// The cheapest split of k for one tile shape. Slices are whole multiples of block_k * 4, so that split-K never pays
-// more for its partial sums than it gains.
-inline Choice best_split(const CostModel& cost, const Tile& tile, int64_t m, int64_t n, int64_t k, int64_t batch,
-                         int element_bytes, int accumulator_bytes, int block_k, int sm_count, bool may_split) {
-  const int64_t tiles =
-      ((m + tile.m - 1) / tile.m) * ((n + tile.n - 1) / tile.n > 0 ? (n + tile.n - 1) / tile.n : 1) * batch;
-  const int64_t unit = 4 * block_k, units = (k + unit - 1) / unit;
+// The cheapest split of k for one tile shape, `together` blocks of it sharing a multiprocessor. Slices are whole
+// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains.
+inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int together, bool masked, int64_t m,
+                         int64_t n, int64_t k, int64_t batch, int accumulator_bytes, int block_k, int sm_count,
+                         bool may_split) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t tiles_n = n > 0 ? ceil_div(n, tile.n) : 1, tiles = ceil_div(m, tile.m) * tiles_n * batch;
+  const int64_t unit = 4 * block_k, units = ceil_div(k, unit);
+  const double area = 0.25 + 0.75 * tile.m * tile.n / (128.0 * 128.0);
+  const double alone = cost.tiles[index].alone * (masked ? cost.masked_alone : 1);
+  const double full = cost.tiles[index].full * (masked ? cost.masked_full : 1);
   Choice best;
   best.cycles = -1;
   for (int64_t wanted = 1; wanted <= units || wanted == 1; wanted += wanted < 8 ? 1 : wanted / 4) {
-    const int64_t per_slice = units > 0 ? (units + wanted - 1) / wanted : 1;
-    const int64_t slices = units > 0 ? (units + per_slice - 1) / per_slice : 1;
-    const double depth = static_cast<double>(slices == 1 ? k : per_slice * unit);
-    const double compute = depth * tile.m * tile.n / (cost.multiply_adds * tile.efficiency);
-    const double load = depth * (tile.m + tile.n) * element_bytes / cost.load_bytes;
-    const int64_t waves = (tiles * slices + sm_count - 1) / sm_count;
-    double cycles = static_cast<double>(waves) * ((compute > load ? compute : load) + cost.fixed);
+    const int64_t per_slice = units > 0 ? ceil_div(units, wanted) : 1;
+    const int64_t slices = units > 0 ? ceil_div(units, per_slice) : 1, slice = slices == 1 ? k : per_slice * unit;
+    const double stages = static_cast<double>(ceil_div(slice, block_k));
+    const int64_t blocks = ceil_div(tiles * slices, sm_count), rounds = ceil_div(blocks, together);
+    const double latency = static_cast<double>(rounds) * (cost.fixed_alone * area + stages * alone);
+    const double throughput = static_cast<double>(blocks) * (cost.fixed_full * area + stages * full);
+    double cycles = latency > throughput ? latency : throughput;
     if (slices > 1)
-      cycles += cost.reduction +
-                2.0 * static_cast<double>(slices * batch * m * n) * accumulator_bytes / (cost.memory_bytes * sm_count);
-    if (best.cycles < 0 || cycles < best.cycles) best = {0, slices, slices == 1 ? k : per_slice * unit, cycles};
-    if (!may_split || waves > 4) break;
+      cycles += cost.reduction + static_cast<double>((slices + 1) * batch * m * n) * accumulator_bytes /
+                                     (cost.reduced_bytes * sm_count);
+    if (best.cycles < 0 || cycles < best.cycles) best = {index, slices, slice, cycles};
+    if (!may_split || rounds > 4) break;
   }
   return best;
 }

@@ -158,7 +158,12 @@ cudaError_t run(const GemmProblem& g, const Plan& plan, void* workspace, cudaStr
   if (error == cudaSuccess) error = launch_gemm<T>(p, plan, stream);
   const int64_t outputs = g.groups * g.m * g.n, rows = g.groups * g.m;
   if (error == cudaSuccess && p.partials && outputs > 0) {
-    CONV1X1_LAUNCH((reduce_partials<T>), dim3(reduce_blocks(outputs)), dim3(kReduceThreads), 0, stream, p);
+    constexpr int kCount = 16 / sizeof(Acc);
+    if (p.n % kCount == 0)
+      CONV1X1_LAUNCH((reduce_partials<T, kCount>), dim3(reduce_blocks(outputs / kCount)), dim3(kReduceThreads), 0,
+                     stream, p);
+    else
+      CONV1X1_LAUNCH((reduce_partials<T, 1>), dim3(reduce_blocks(outputs)), dim3(kReduceThreads), 0, stream, p);
     error = cudaGetLastError();
   }
   if (error == cudaSuccess && p.row_sums && rows > 0) {

@@ -143,10 +143,10 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.tf32 = g.dtype == DType::kFloat32 && allow_tf32 && built_for(device.arch) >= 80;
   plan.kernel = (half && built_for(device.arch) >= 80) || plan.tf32 ? Kernel::kMma : Kernel::kSimt;
   const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pool;
-  CostModel cost;
-  // Multiply-adds a cycle of a multiprocessor: tensor cores reach about 60% of 1024 (16-bit; half of it for TF32)
-  // through mma.sync, CUDA cores 70% of 128; float64 runs at 64 on data-center chips.
-  cost.multiply_adds = mma ? (plan.tf32 ? 300 : 600) : g.dtype == DType::kFloat64 ? 40 : 90;
+  const CostModel cost = plan.tf32 ? kCostTf32
+                         : mma     ? kCost16Bits
+                                   : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
+  bool masked_tiles = false;
   if (mma) {
     const Masked masked = g.mask == Mask::kNone ? Masked::kNone : g.a.aux ? Masked::kA : Masked::kB;
     plan.kind = kind_of(g, masked);
@@ -158,21 +158,28 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
       plan.kind = kind_of(g, Masked::kNone);
       plan_operands(g, images, image_stride, bytes, 16 / bytes, true, repack_a, repack_b, plan);
     }
+    masked_tiles = masked != Masked::kNone && !repack_a && !repack_b;
   } else {
     plan_operands(g, images, image_stride, bytes, 4, false, false, false, plan);
   }
 
+  const auto exists = [&](int tile) {
+    const MmaKind& kind = kMmaKinds[plan.kind];
+    return has_tile(kind, tile, bytes) && mma_shared_bytes(kind, kMmaTiles[tile]) <= device.shared_memory;
+  };
   Choice best;
   best.cycles = -1;
   for (int i = 0; i < (mma ? kMmaTileCount : kSimtTileCount); ++i) {
-    if (mma && !has_tile(kMmaKinds[plan.kind], i, bytes)) continue;
-    if (mma && mma_shared_bytes(kMmaKinds[plan.kind], kMmaTiles[i]) > device.shared_memory) continue;
+    if (mma && !exists(i)) continue;
+    if (mma && device.only_tile >= 0 && i != device.only_tile && exists(device.only_tile)) continue;
     if (!mma && g.dtype != DType::kFloat32 && i == 0) continue;  // float64's accumulators do not fit into registers
     const Tile& tile = mma ? kMmaTiles[i] : kSimtTiles[i];
     const int block_k = mma ? 64 / bytes : kSimtBlockK[i];
-    Choice choice = best_split(cost, tile, g.m, g.n, g.k, g.groups * images, bytes, accumulator, block_k,
-                               device.sm_count, may_split);
-    choice.tile = i;
+    const int threads = mma ? mma_threads(tile) : kSimtThreads;
+    const int room = mma ? device.shared_memory / mma_shared_bytes(kMmaKinds[plan.kind], tile) : 2;
+    const Choice choice =
+        best_split(cost, i, tile, std::max(1, std::min(512 / threads, room)), masked_tiles, g.m, g.n, g.k,
+                   g.groups * images, accumulator, block_k, device.sm_count, may_split);
     if (best.cycles < 0 || choice.cycles < best.cycles) best = choice;
   }
   const Tile& tile = mma ? kMmaTiles[best.tile] : kSimtTiles[best.tile];

@@ -8,18 +8,25 @@ namespace conv1x1::cuda {
 
 constexpr int kReduceThreads = 256;
 
-// D(m, n) = epilogue(sum over slices of partials), an element a thread, n fastest.
-template <class T>
+// D(m, n) = epilogue(sum over slices of partials), kCount neighbours along n a thread (n is a multiple), n fastest.
+template <class T, int kCount>
 __global__ void __launch_bounds__(kReduceThreads) reduce_partials(const __grid_constant__ GemmParams p) {
   using Acc = typename Accumulator<T>::type;
-  const int64_t outputs = static_cast<int64_t>(p.groups) * p.m * p.n, step = int64_t{gridDim.x} * kReduceThreads;
+  const int64_t outputs = static_cast<int64_t>(p.groups) * p.m * p.n;
+  const int64_t step = int64_t{gridDim.x} * kReduceThreads * kCount;
   const Acc* partials = static_cast<const Acc*>(p.partials);
-  for (int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x; i < outputs; i += step) {
-    Acc sum = 0;
-    for (uint32_t s = 0; s < p.slices; ++s) sum += partials[s * outputs + i];
+  for (int64_t i = (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) * kCount; i < outputs; i += step) {
+    Acc sums[kCount] = {};
+#pragma unroll 4
+    for (uint32_t s = 0; s < p.slices; ++s) {
+      const auto part = load_chunk<kCount>(partials + s * outputs + i);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sums[j] += part.value[j];
+    }
     const int64_t row = i / p.n;
-    finish<T>(sum, p, static_cast<uint32_t>(row / p.m), static_cast<uint32_t>(row % p.m),
-              static_cast<uint32_t>(i % p.n));
+    const uint32_t group = static_cast<uint32_t>(row / p.m), m = static_cast<uint32_t>(row - int64_t{group} * p.m);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) finish<T>(sums[j], p, group, m, static_cast<uint32_t>(i - row * p.n) + j);
   }
 }
 

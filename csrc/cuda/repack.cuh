@@ -34,12 +34,20 @@ __global__ void __launch_bounds__(kRepackThreads) repack(const __grid_constant__
       static_cast<const T*>(p.from) + group * p.group_stride + (slab - group * p.images) * p.image_stride + at_row.data;
   const T* const aux = static_cast<const T*>(p.aux) + group * p.aux_group_stride + at_row.aux;
   Chunk<T, kVector> out;
+  Offsets at{0, 0};
+  uint32_t left = 0;  // neighbours that one stride reaches
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
     out.value[j] = narrow<T>(0.0f);
     if (first + j >= p.units) continue;
-    const Offsets at = p.unit.at(first + j);
+    if (left == 0) {
+      at = p.unit.at(first + j);
+      left = p.unit.nd == 1 ? p.units : p.unit.size[0].divisor - p.unit.size[0].remainder(first + j);
+    }
     if (!p.aux || passes(widen(aux[at.aux]), p.mask)) out.value[j] = from[at.data];
+    at.data += p.unit.stride[0];
+    at.aux += p.unit.aux_stride[0];
+    --left;
   }
   reinterpret_cast<Chunk<T, kVector>*>(p.to)[i] = out;
 }

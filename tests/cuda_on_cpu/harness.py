@@ -32,6 +32,7 @@ class Gpu:
     arch: int  # compute capability, 10 * major + minor
     sm_count: int
     shared_memory: int  # bytes a block can opt in to
+    only_tile: int = -1  # of heuristics.h's, to be chosen wherever it exists
 
     def __str__(self) -> str:
         return f"sm{self.arch}"
@@ -85,7 +86,8 @@ class Emulator:
         steps = _spatial([stride] * spatial if isinstance(stride, int) else stride, 1)
         sizes = _spatial(x.shape[2:], 1)
         values = [
-            DIRECTIONS.index(direction), seed, os_threads, gpu.arch, gpu.sm_count, gpu.shared_memory, allow_tf32,
+            DIRECTIONS.index(direction), seed, os_threads, gpu.arch, gpu.sm_count, gpu.shared_memory, gpu.only_tile,
+            allow_tf32,
             DTYPES.index(x.dtype), ACTIVATIONS.index(activation), x.shape[0], x.shape[1], w.shape[0], groups,
             *sizes, *((n - 1) // s + 1 for n, s in zip(sizes, steps, strict=True)), *steps, accumulate,
             *_activation(x), *_activation(y), *_activation(residual), *_activation(dy), *_activation(dx),
