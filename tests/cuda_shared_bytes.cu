@@ -1,4 +1,4 @@
-// Prints "threads dynamic-shared-bytes" of every tensor-core configuration in the tables of heuristics.h, a line each,
+// Prints "kind threads dynamic-shared-bytes" of every tensor-core configuration in the tables of heuristics.h, a line each,
 // for tests/test_cuda_build.py: no binary holds the dynamic shared memory that a launch will ask for.
 #include <cstdio>
 #include <utility>
@@ -11,12 +11,9 @@ using namespace conv1x1::cuda;
 
 template <class T, int kKind, int kTile>
 void print_one() {
-  constexpr MmaKind kind = kMmaKinds[kKind];
-  constexpr Tile tile = kMmaTiles[kTile];
-  if constexpr ((kind.tiles >> kTile & 1) != 0) {
-    using Config =
-        MmaConfig<T, tile.m, tile.n, tile.warp_m, mma_stages(kind), kind.a, kind.b, kind.masked, kind.row_sums>;
-    std::printf("%d %d\n", Config::kThreads, static_cast<int>(Config::kSharedBytes));
+  if constexpr (has_tile(kMmaKinds[kKind], kTile, sizeof(T))) {
+    using Config = MmaConfig<T, kKind, kTile>;
+    std::printf("%d %d %d\n", kKind, Config::kThreads, Config::kSharedBytes);
   }
 }
 

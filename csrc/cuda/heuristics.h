@@ -42,7 +42,7 @@ constexpr MmaKind kMmaKinds[] = {
     // dgrad NCHW
     {Major::kMN, Major::kMN, Masked::kB, false, k128x256 | k128x128 | k64x128 | k64x64},
     // wgrad NCHW
-    {Major::kK, Major::kK, Masked::kA, true, k128x128 | k128x64 | k64x64},
+    {Major::kK, Major::kK, Masked::kA, true, k128x64 | k64x64},
     // wgrad channels last
     {Major::kMN, Major::kMN, Masked::kA, true, k128x128 | k128x64 | k64x64},
 };
