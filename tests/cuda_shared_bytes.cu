@@ -1,5 +1,5 @@
-// Prints "kind threads dynamic-shared-bytes" of every tensor-core configuration in the tables of heuristics.h, a line each,
-// for tests/test_cuda_build.py: no binary holds the dynamic shared memory that a launch will ask for.
+// Prints "kind threads dynamic-shared-bytes" of every tensor-core configuration in the tables of heuristics.h, a line
+// each, for tests/test_cuda_build.py: no binary holds the dynamic shared memory that a launch will ask for.
 #include <cstdio>
 #include <utility>
 

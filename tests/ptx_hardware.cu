@@ -70,6 +70,17 @@ __global__ void round_to_tf32(const uint32_t* in, uint32_t* out, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = ptx::round_to_tf32(in[i]);
 }
 
+// Of pairs of floats: rounded to 16 bits; the lanes of `y` that pass a mask; and x in [0, 6].
+template <class T>
+__global__ void halves(const float* x, const uint32_t* y, const uint32_t* barred, uint32_t* packed, uint32_t* passing,
+                       float* in_range, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    packed[i] = ptx::pack(x[2 * i], x[2 * i + 1], T());
+    passing[i] = ptx::passing(y[i], barred[i], T());
+    in_range[i] = ptx::in_range(x[2 * i], 0.0f, 6.0f);
+  }
+}
+
 int finish() {
   const cudaError_t launched = cudaGetLastError();
   return static_cast<int>(launched == cudaSuccess ? cudaDeviceSynchronize() : launched);
@@ -99,5 +110,14 @@ extern "C" int run_cp_async(const uint8_t* in, const int* valid, uint8_t* out, i
 
 extern "C" int run_round_to_tf32(const uint32_t* in, uint32_t* out, int count) {
   round_to_tf32<<<1, 256>>>(in, out, count);
+  return finish();
+}
+
+extern "C" int run_halves(const float* x, const uint32_t* y, const uint32_t* barred, uint32_t* packed,
+                          uint32_t* passing, float* in_range, int count, int bfloat16) {
+  if (bfloat16)
+    halves<__nv_bfloat16><<<1, 256>>>(x, y, barred, packed, passing, in_range, count);
+  else
+    halves<__half><<<1, 256>>>(x, y, barred, packed, passing, in_range, count);
   return finish();
 }

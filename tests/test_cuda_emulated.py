@@ -42,7 +42,6 @@ from helpers import (
     stock_forward,
 )  # fmt: skip
 
-
 MMA_MODES = (TF32, torch.float16, torch.bfloat16)
 MMA_TILES = ("128x128", "128x64", "64x128", "64x64", "256x128", "128x256")  # heuristics.h's, in its order
 

@@ -65,7 +65,8 @@ template <class T, class Acc>
 __device__ __forceinline__ void finish(Acc sum, const GemmParams& p, uint32_t group, uint32_t m, uint32_t n) {
   const Offsets row = p.d.m.at(m), col = p.d.n.at(n);
   if (p.bias) {
-    const int64_t channel = p.bias_along_m ? static_cast<int64_t>(group) * p.m + m : static_cast<int64_t>(group) * p.n + n;
+    const int64_t channel =
+        p.bias_along_m ? static_cast<int64_t>(group) * p.m + m : static_cast<int64_t>(group) * p.n + n;
     sum += widen(static_cast<const T*>(p.bias)[channel * p.bias_stride]);
   }
   if (p.d.residual)
@@ -82,8 +83,8 @@ __device__ __forceinline__ Acc finished(Acc x, const GemmParams& p) {
     return activate(x, p.activation);
 }
 
-// The tile's rows: sums + bias + residual, activated, rounded, stored, kChunk neighbours along n at a time. A thread has
-// the same columns in every row that it takes, so that what depends on n is worked out once.
+// The tile's rows: sums + bias + residual, activated, rounded, stored, kChunk neighbours along n at a time. A thread
+// has the same columns in every row that it takes, so that what depends on n is worked out once.
 template <int kChunk, bool kRange, class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p, uint32_t group, uint32_t m0,
                                            uint32_t n0, bool biased) {

@@ -40,7 +40,8 @@ struct MmaConfig {
   // With a mask's fragments besides, two steps at once would need more registers than there are.
   static constexpr int kUnroll = kMasked == Masked::kNone ? 2 : 1;
   // Blocks that a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
-  static constexpr int kRoom = kSharedPerMultiprocessor / kSharedBytes > 1 ? kSharedPerMultiprocessor / kSharedBytes : 1;
+  static constexpr int kRoom =
+      kSharedPerMultiprocessor / kSharedBytes > 1 ? kSharedPerMultiprocessor / kSharedBytes : 1;
   static constexpr int kBlocks = 512 / kThreads < kRoom ? 512 / kThreads : kRoom;
 };
 
@@ -90,8 +91,8 @@ class FragmentReader {
  public:
   __device__ __forceinline__ FragmentReader(int first, int lane) : at_(offset_of(first, lane)) { ptx::opaque(at_); }
 
-  // Fragment `i`, 16 indices of m or n each, of `step`, 32 bytes of k each. A: mma's four registers. B: the first two are
-  // those of the first eight columns, the others those of the other eight.
+  // Fragment `i`, 16 indices of m or n each, of `step`, 32 bytes of k each. A: mma's four registers. B: the first two
+  // are those of the first eight columns, the others those of the other eight.
   __device__ __forceinline__ void load(uint32_t (&r)[4], const unsigned char* tile, int i, int step) const {
     if constexpr (kMajor == Major::kK) {
       ptx::ldmatrix_x4(r, tile + (at_ ^ step * 32) + i * 16 * kBlockKBytes);

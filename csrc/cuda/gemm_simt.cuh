@@ -16,8 +16,8 @@ struct SimtConfig {
   using T = T_;
   using Acc = typename Accumulator<T>::type;
   static constexpr int kBlock = kBlock_, kBlockK = kBlockK_, kThreads = kSimtThreads;  // square tiles
-  static constexpr int kPerThread = kBlock / 16;                              // rows and columns
-  static constexpr int kLoads = 4;                                            // elements of A, and of B, a thread loads
+  static constexpr int kPerThread = kBlock / 16;                                       // rows and columns
+  static constexpr int kLoads = 4;            // elements of A, and of B, a thread loads
   static constexpr int kStride = kBlock + 4;  // the padding keeps transposing stores off each other's banks
   static constexpr int kMainloopBytes = 4 * kBlockK * kStride * static_cast<int>(sizeof(Acc));
   static constexpr int kRows = kSimtRows;

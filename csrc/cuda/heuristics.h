@@ -86,7 +86,7 @@ struct TileCost {
 
 struct CostModel {
   TileCost tiles[kMmaTileCount];
-  double fixed_alone, fixed_full;  // a block's first loads and its epilogue, for a tile of 128 x 128
+  double fixed_alone, fixed_full;    // a block's first loads and its epilogue, for a tile of 128 x 128
   double masked_alone, masked_full;  // factors of a stage with a mask
   double reduction, reduced_bytes;   // one more launch, and bytes a cycle that it reads and writes
 };
@@ -132,8 +132,8 @@ inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int
     const double throughput = static_cast<double>(blocks) * (cost.fixed_full * area + stages * full);
     double cycles = latency > throughput ? latency : throughput;
     if (slices > 1)
-      cycles += cost.reduction + static_cast<double>((slices + 1) * batch * m * n) * accumulator_bytes /
-                                     (cost.reduced_bytes * sm_count);
+      cycles += cost.reduction +
+                static_cast<double>((slices + 1) * batch * m * n) * accumulator_bytes / (cost.reduced_bytes * sm_count);
     if (best.cycles < 0 || cycles < best.cycles) best = {index, slices, slice, cycles};
     if (!may_split || rounds > 4) break;
   }

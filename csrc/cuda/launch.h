@@ -39,7 +39,7 @@ struct Plan {
   bool a_k_unit = false, b_k_unit = false;    // the operand's tile is contiguous along k, not along m or n
   int a_chunk = 1, b_chunk = 1, d_chunk = 1;  // elements moved at once: the alignment tier; 1 is element by element
   int64_t tiles_m = 0, tiles_n = 0;
-  int64_t slices = 1, slice = 0;                      // of k, and their length: split-K
+  int64_t slices = 1, slice = 0;  // of k, and their length: split-K
   Repack a_repack, b_repack;
   int64_t partials = 0, row_sums = 0, workspace = 0;  // device memory in bytes; workspace is all of it
 };

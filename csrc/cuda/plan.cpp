@@ -47,8 +47,8 @@ bool outer_strides_fit(const Axis& axis, int64_t chunk, bool aux, bool unit) {
   return true;
 }
 
-// How many neighbours along `unit` can be moved at once: a power of two, at most `limit`; with `whole`, one that divides
-// their number.
+// How many neighbours along `unit` can be moved at once: a power of two, at most `limit`; with `whole`, one that
+// divides their number.
 int chunk_of(const Matrix& matrix, const Axis& unit, const Axis& other, int64_t groups, int64_t image_stride,
              int element_bytes, int limit, bool whole) {
   if (!matrix.data) return limit;
@@ -143,9 +143,7 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.tf32 = g.dtype == DType::kFloat32 && allow_tf32 && built_for(device.arch) >= 80;
   plan.kernel = (half && built_for(device.arch) >= 80) || plan.tf32 ? Kernel::kMma : Kernel::kSimt;
   const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pool;
-  const CostModel cost = plan.tf32 ? kCostTf32
-                         : mma     ? kCost16Bits
-                                   : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
+  const CostModel cost = plan.tf32 ? kCostTf32 : mma ? kCost16Bits : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
   bool masked_tiles = false;
   if (mma) {
     const Masked masked = g.mask == Mask::kNone ? Masked::kNone : g.a.aux ? Masked::kA : Masked::kB;
@@ -177,9 +175,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
     const int block_k = mma ? 64 / bytes : kSimtBlockK[i];
     const int threads = mma ? mma_threads(tile) : kSimtThreads;
     const int room = mma ? device.shared_memory / mma_shared_bytes(kMmaKinds[plan.kind], tile) : 2;
-    const Choice choice =
-        best_split(cost, i, tile, std::max(1, std::min(512 / threads, room)), masked_tiles, g.m, g.n, g.k,
-                   g.groups * images, accumulator, block_k, device.sm_count, may_split);
+    const Choice choice = best_split(cost, i, tile, std::max(1, std::min(512 / threads, room)), masked_tiles, g.m, g.n,
+                                     g.k, g.groups * images, accumulator, block_k, device.sm_count, may_split);
     if (best.cycles < 0 || choice.cycles < best.cycles) best = choice;
   }
   const Tile& tile = mma ? kMmaTiles[best.tile] : kSimtTiles[best.tile];
@@ -192,7 +189,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.slices = best.slices;
   plan.slice = best.slice;
 
-  // Stores: whole vectors, for tensor cores also half of one, or single elements; only the latter know every activation.
+  // Stores: whole vectors, for tensor cores also half of one, or single elements; only the latter know every
+  // activation.
   const int vector = 16 / bytes, stored = chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, vector, true);
   const bool halves = mma && bytes == 2 && stored >= 4 && !g.d.aux;
   plan.d_chunk = !masks_from_output(g.activation) ? 1 : stored == vector ? vector : halves ? 4 : 1;

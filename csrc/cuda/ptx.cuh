@@ -22,7 +22,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
 
 // Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, or of as many zeros where not `valid`: then
-// `global` is not read. Both addresses are multiples of kBytes. (A count of valid bytes instead costs ten instructions.)
+// `global` is not read. Both addresses are multiples of kBytes. (A count of valid bytes instead costs ten
+// instructions.)
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);

@@ -51,7 +51,8 @@ class TileLoader {
   struct Share {
     static constexpr int kStep = kThreads * kCount / kLine, kRounds = Layout::kRows / kStep;
     static_assert(kRounds * kStep == Layout::kRows && (!kAlongK || kStep % 16 == 0));
-    // From the first row's place to another's, as the swizzle differs where rows are not a multiple of its period apart.
+    // From the first row's place to another's, as the swizzle differs where rows are not a multiple of its period
+    // apart.
     static __device__ __forceinline__ constexpr int swizzle(int i) {
       return kAlongK ? 0 : kSize == 2 ? (i * kStep & 7) << 4 : (i * kStep & 3) << 5;
     }
@@ -123,9 +124,7 @@ class TileLoader {
 
   // Pieces in a row of the tile, and where this thread's begin; of the kMN tile's rows they stay the same for all of k.
   __device__ __forceinline__ int pieces() const { return kLine >> operand_.chunk_log2; }
-  __device__ __forceinline__ int piece_along() const {
-    return (threadIdx.x & (pieces() - 1)) << operand_.chunk_log2;
-  }
+  __device__ __forceinline__ int piece_along() const { return (threadIdx.x & (pieces() - 1)) << operand_.chunk_log2; }
 
   // In a loop that is not unrolled: code is fetched, too.
   __device__ __forceinline__ void load_pieces(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
@@ -162,7 +161,7 @@ class TileLoader {
 
   const Operand& operand_;
   const uint32_t mn0_;
-  int first_;          // where this thread's first piece lies in the tile, in bytes
+  int first_;         // where this thread's first piece lies in the tile, in bytes
   uint32_t along_k_;  // and its k
   const T* data_[kPointers];
   const T* aux_[kPointers];

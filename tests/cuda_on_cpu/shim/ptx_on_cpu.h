@@ -133,7 +133,8 @@ uint32_t passing(uint32_t y, uint32_t barred, T) {
   uint32_t mask = 0;
   for (int half = 0; half < 2; ++half) {
     T value, other;
-    const uint16_t bits = static_cast<uint16_t>(y >> 16 * half), other_bits = static_cast<uint16_t>(barred >> 16 * half);
+    const uint16_t bits = static_cast<uint16_t>(y >> 16 * half),
+                   other_bits = static_cast<uint16_t>(barred >> 16 * half);
     std::memcpy(&value, &bits, 2);
     std::memcpy(&other, &other_bits, 2);
     const float v = widened(value);
