@@ -18,48 +18,75 @@ int log2_of(int power) {
   return log2;
 }
 
-Operand operand_of(const Matrix& matrix, const Axis& mn, const Axis& k, bool k_unit, int chunk, int vector,
-                   const Repack& repack, int64_t images, void* workspace) {
+// A or B of a problem, and what the plan says of it. `images` > 1: GEMMs of their own, `image_stride` elements of the
+// pixels' operand, the one that is not the weight, apart.
+struct Side {
+  const Matrix& matrix;
+  const Axis &mn, &k;
+  bool k_unit;
+  int chunk;
+  const Repack& repack;
+  int64_t images, image_stride;
+};
+
+Side side_a(const GemmProblem& g, const Plan& plan, int64_t images, int64_t image_stride) {
+  return {g.a,
+          g.a.row,
+          g.a.col,
+          plan.a_k_unit,
+          plan.a_chunk,
+          plan.a_repack,
+          g.a_is_weight ? 1 : images,
+          g.a_is_weight ? 0 : image_stride};
+}
+
+Side side_b(const GemmProblem& g, const Plan& plan, int64_t images, int64_t image_stride) {
+  return {g.b,
+          g.b.col,
+          g.b.row,
+          plan.b_k_unit,
+          plan.b_chunk,
+          plan.b_repack,
+          g.b_is_weight ? 1 : images,
+          g.b_is_weight ? 0 : image_stride};
+}
+
+Operand operand_of(const GemmProblem& g, const Side& side, void* workspace) {
   Operand o;
-  o.data = matrix.data;
-  o.aux = matrix.aux;
-  o.mn = device_axis(mn);
-  o.k = device_axis(k);
-  o.mn_count = matrix.data ? static_cast<uint32_t>(mn.count) : 0;
-  o.k_unit = k_unit;
-  o.chunk_log2 = log2_of(chunk);
-  o.group_stride = matrix.group_stride;
-  o.aux_group_stride = matrix.aux_group_stride;
-  if (repack.needed) {
-    o.data = static_cast<char*>(workspace) + repack.at;
+  o.data = side.matrix.data;
+  o.aux = g.mask == Mask::kNone ? nullptr : side.matrix.aux;
+  o.mn = device_axis(side.mn);
+  o.k = device_axis(side.k);
+  o.mn_count = side.matrix.data ? static_cast<uint32_t>(side.mn.count) : 0;
+  o.k_unit = side.k_unit;
+  o.chunk_log2 = log2_of(side.chunk);
+  o.group_stride = side.matrix.group_stride;
+  o.aux_group_stride = side.matrix.aux_group_stride;
+  o.image_stride = side.image_stride;
+  if (side.repack.needed) {
+    const int64_t pitch = side.repack.pitch;
+    o.data = static_cast<char*>(workspace) + side.repack.at;
     o.aux = nullptr;
     o.mn = o.k = DeviceAxis();
-    o.mn.stride[0] = k_unit ? repack.pitch : 1;
-    o.k.stride[0] = k_unit ? 1 : repack.pitch;
-    if (!k_unit && o.mn_count > 0) o.mn_count = static_cast<uint32_t>(repack.pitch);
-    o.image_stride = (k_unit ? mn : k).count * repack.pitch;
-    o.group_stride = images * o.image_stride;
+    o.mn.stride[0] = side.k_unit ? pitch : 1;
+    o.k.stride[0] = side.k_unit ? 1 : pitch;
+    if (!side.k_unit && o.mn_count > 0) o.mn_count = static_cast<uint32_t>(pitch);
+    const int64_t slab = (side.k_unit ? side.mn : side.k).count * pitch;
+    o.image_stride = side.images > 1 ? slab : 0;
+    o.group_stride = side.images * slab;
   }
-  o.streams = (chunk == vector || !k_unit) && o.k.nd == 1 && o.mn_count > 0;
+  const bool vectors = side.chunk == 16 / static_cast<int>(dtype_size(g.dtype));
+  o.streams = (vectors || !side.k_unit) && o.k.nd == 1 && o.mn_count > 0;
   return o;
 }
 
-// `images` > 1: GEMMs of their own, `image_stride` elements of the pixels' operand apart.
 GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace, int64_t images = 1,
                      int64_t image_stride = 0) {
   GemmParams p;
-  const int vector = 16 / static_cast<int>(dtype_size(g.dtype));
-  p.a = operand_of(g.a, g.a.row, g.a.col, plan.a_k_unit, plan.a_chunk, vector, plan.a_repack,
-                   g.a_is_weight ? 1 : images, workspace);
-  p.b = operand_of(g.b, g.b.col, g.b.row, plan.b_k_unit, plan.b_chunk, vector, plan.b_repack,
-                   g.b_is_weight ? 1 : images, workspace);
-  if (!g.a_is_weight && !plan.a_repack.needed) p.a.image_stride = image_stride;
-  if (!g.b_is_weight && !plan.b_repack.needed) p.b.image_stride = image_stride;
-  if (g.a_is_weight) p.a.image_stride = 0;
-  if (g.b_is_weight) p.b.image_stride = 0;
+  p.a = operand_of(g, side_a(g, plan, images, image_stride), workspace);
+  p.b = operand_of(g, side_b(g, plan, images, image_stride), workspace);
   p.images = static_cast<uint32_t>(images);
   p.mask = p.a.aux || p.b.aux ? g.mask : Mask::kNone;
-  if (p.mask == Mask::kNone) p.a.aux = p.b.aux = nullptr;
   p.d.data = g.d.data;
   p.d.residual = g.d.aux;
   p.d.m = device_axis(g.d.row);
@@ -106,24 +133,23 @@ cudaError_t launch_gemm(const GemmParams& params, const Plan& plan, cudaStream_t
 }
 
 template <class T>
-cudaError_t launch_repack(const GemmProblem& g, const Matrix& matrix, const Axis& mn, const Axis& k, bool k_unit,
-                          const Repack& repack_plan, int64_t images, int64_t image_stride, void* workspace,
-                          cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(T);
+cudaError_t launch_repack(const GemmProblem& g, const Side& side, void* workspace, cudaStream_t stream) {
+  if (!side.repack.needed || !side.matrix.data) return cudaSuccess;
+  const Axis &unit = side.k_unit ? side.k : side.mn, &other = side.k_unit ? side.mn : side.k;
   RepackParams p;
-  p.from = matrix.data;
-  p.aux = g.mask == Mask::kNone ? nullptr : matrix.aux;
-  p.to = static_cast<char*>(workspace) + repack_plan.at;
-  p.unit = device_axis(k_unit ? k : mn);
-  p.other = device_axis(k_unit ? mn : k);
-  p.units = static_cast<uint32_t>((k_unit ? k : mn).count);
-  p.others = static_cast<uint32_t>((k_unit ? mn : k).count);
-  p.chunks = static_cast<uint32_t>(repack_plan.pitch / kVector);
-  p.images = static_cast<uint32_t>(images);
-  p.rows = g.groups * images * p.others;
-  p.group_stride = matrix.group_stride;
-  p.aux_group_stride = matrix.aux_group_stride;
-  p.image_stride = image_stride;
+  p.from = side.matrix.data;
+  p.aux = g.mask == Mask::kNone ? nullptr : side.matrix.aux;
+  p.to = static_cast<char*>(workspace) + side.repack.at;
+  p.unit = device_axis(unit);
+  p.other = device_axis(other);
+  p.units = static_cast<uint32_t>(unit.count);
+  p.others = static_cast<uint32_t>(other.count);
+  p.chunks = static_cast<uint32_t>(side.repack.pitch * static_cast<int64_t>(sizeof(T)) / 16);
+  p.images = static_cast<uint32_t>(side.images);
+  p.rows = g.groups * side.images * other.count;
+  p.group_stride = side.matrix.group_stride;
+  p.aux_group_stride = side.matrix.aux_group_stride;
+  p.image_stride = side.image_stride;
   p.mask = g.mask;
   const int64_t blocks = (p.rows * p.chunks + kRepackThreads - 1) / kRepackThreads;
   if (blocks == 0) return cudaSuccess;
@@ -136,14 +162,8 @@ cudaError_t launch_repack(const GemmProblem& g, const Matrix& matrix, const Axis
 template <class T>
 cudaError_t launch_repacks(const GemmProblem& g, const Plan& plan, int64_t images, int64_t image_stride,
                            void* workspace, cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if (plan.a_repack.needed && g.a.data)
-    error = launch_repack<T>(g, g.a, g.a.row, g.a.col, plan.a_k_unit, plan.a_repack, g.a_is_weight ? 1 : images,
-                             g.a_is_weight ? 0 : image_stride, workspace, stream);
-  if (error == cudaSuccess && plan.b_repack.needed && g.b.data)
-    error = launch_repack<T>(g, g.b, g.b.col, g.b.row, plan.b_k_unit, plan.b_repack, g.b_is_weight ? 1 : images,
-                             g.b_is_weight ? 0 : image_stride, workspace, stream);
-  return error;
+  const cudaError_t error = launch_repack<T>(g, side_a(g, plan, images, image_stride), workspace, stream);
+  return error != cudaSuccess ? error : launch_repack<T>(g, side_b(g, plan, images, image_stride), workspace, stream);
 }
 
 uint32_t reduce_blocks(int64_t count) {
