@@ -72,11 +72,11 @@ __global__ void round_to_tf32(const uint32_t* in, uint32_t* out, int count) {
 
 // Of pairs of floats: rounded to 16 bits; the lanes of `y` that pass a mask; and x in [0, 6].
 template <class T>
-__global__ void halves(const float* x, const uint32_t* y, const uint32_t* barred, uint32_t* packed, uint32_t* passing,
+__global__ void halves(const float* x, const uint32_t* y, const uint32_t* upper, uint32_t* packed, uint32_t* passing,
                        float* in_range, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     packed[i] = ptx::pack(x[2 * i], x[2 * i + 1], T());
-    passing[i] = ptx::passing(y[i], barred[i], T());
+    passing[i] = ptx::passing(y[i], upper[i], T());
     in_range[i] = ptx::in_range(x[2 * i], 0.0f, 6.0f);
   }
 }
@@ -113,11 +113,11 @@ extern "C" int run_round_to_tf32(const uint32_t* in, uint32_t* out, int count) {
   return finish();
 }
 
-extern "C" int run_halves(const float* x, const uint32_t* y, const uint32_t* barred, uint32_t* packed,
-                          uint32_t* passing, float* in_range, int count, int bfloat16) {
+extern "C" int run_halves(const float* x, const uint32_t* y, const uint32_t* upper, uint32_t* packed, uint32_t* passing,
+                          float* in_range, int count, int bfloat16) {
   if (bfloat16)
-    halves<__nv_bfloat16><<<1, 256>>>(x, y, barred, packed, passing, in_range, count);
+    halves<__nv_bfloat16><<<1, 256>>>(x, y, upper, packed, passing, in_range, count);
   else
-    halves<__half><<<1, 256>>>(x, y, barred, packed, passing, in_range, count);
+    halves<__half><<<1, 256>>>(x, y, upper, packed, passing, in_range, count);
   return finish();
 }

@@ -42,8 +42,13 @@ from helpers import (
     stock_forward,
 )  # fmt: skip
 
+
+def laid_out_in(t, layout):
+    return t.contiguous(memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
+
+
 MMA_MODES = (TF32, torch.float16, torch.bfloat16)
-MMA_TILES = ("128x128", "128x64", "64x128", "64x64", "256x128", "128x256")  # heuristics.h's, in its order
+MMA_TILES = ("128x128", "128x64", "64x128", "64x64")  # heuristics.h's, in its order
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +205,49 @@ def test_the_cases_do_use_every_tile(emulator):
         tiles["mma"].add(plan["tile"].rsplit("x", 1)[0])
     assert tiles["simt"] == {"128x128", "64x64"}
     assert tiles["mma"] == set(MMA_TILES)
+
+
+# --- nothing to compute ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ["relu6", None])
+@pytest.mark.parametrize("shape", [(0, 33, 3, 3), (2, 33, 0, 3), (0, 32, 4, 4)], ids=str)
+def test_no_images_and_no_pixels(emulator, shape, activation, layout, mode):
+    """Gradients of the parameters are zeros, pooled outputs of no pixels NaN; nobody touches what is not there."""
+    dtype, options = dtype_of(mode), {"allow_tf32": mode == TF32, "activation": activation}
+    x, w, b = (torch.randn(s).to(dtype) for s in (shape, (17, shape[1], 1, 1), (17,)))
+    x = laid_out_in(x, layout)
+    y, dy = (laid_out_in(torch.empty(shape[0], 17, *shape[2:], dtype=dtype), layout) for _ in range(2))
+    emulator.run("fprop", x=x, w=w, bias=b, y=y, **options)
+    emulator.run("dgrad", x=x, w=w, y=y, dy=dy, dx=torch.empty_like(x), **options)
+    dw, dbias = placed(w.shape, dtype), placed(b.shape, dtype)
+    emulator.run("wgrad", x=x, w=w, y=y, dy=dy, dw=dw, dbias=dbias, **options)
+    assert (dw == 0).all() and (dbias == 0).all()
+    out, gradient = placed((shape[0], 17), dtype), torch.ones(shape[0], 17, dtype=dtype)
+    emulator.run("avg_pool", x=x, w=w, bias=b, out=out, **options)
+    assert out.isnan().all()
+    dw, dbias = placed(w.shape, dtype), placed(b.shape, dtype)
+    emulator.run(
+        "avg_pool_backward", x=x, w=w, bias=b, dy=gradient, dx=torch.empty_like(x), dw=dw, dbias=dbias, **options
+    )
+    assert (dw == 0).all() and (dbias == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [4, 5])
+def test_masks_of_any_output(emulator, size, layout, mode):
+    """conv1x1_backward takes any output, also what no ReLU6 gives; every route has the same mask."""
+    dtype = dtype_of(mode)
+    values = torch.tensor([7.0, 6.0, 5.0, 0.0, -0.0, -1.0, float("inf"), float("nan")])
+    y = laid_out_in(values[torch.arange(2 * 24 * size * size) % 8].reshape(2, 24, size, size).to(dtype), layout)
+    w, dy = torch.eye(24).reshape(24, 24, 1, 1).to(dtype), torch.ones_like(y)
+    dx = torch.empty_like(y)
+    for activation, passes in (("relu6", ~(y <= 0) & ~(y >= 6)), ("relu", ~(y <= 0))):
+        emulator.run("dgrad", x=y, w=w, y=y, dy=dy, dx=dx, activation=activation, allow_tf32=mode == TF32)
+        assert torch.equal(dx != 0, passes)
 
 
 # --- devices and determinism ----------------------------------------------------------------------------------------

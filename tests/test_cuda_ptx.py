@@ -144,17 +144,18 @@ def test_round_to_tf32(hardware):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_halves(hardware, dtype):
-    """Rounding of pairs, x in the lower half; masks of what is neither <= 0 nor barred; ranges that NaN passes."""
+    """Rounding of pairs, x in the lower half; masks of what is neither <= 0 nor >= upper; ranges that NaN passes."""
     special = torch.tensor([0.0, -0.0, 6.0, -1.0, 1e-40, float("inf"), -float("inf"), float("nan")], device="cpu")
     x = torch.cat([torch.randn(4096, 2, device="cpu") * 4, torch.cartesian_prod(special, special)])
-    y, barred = x.flip(0).to(dtype), torch.tensor([6.0, -1.0], device="cpu").to(dtype)[torch.arange(len(x)) % 2]
+    y = x.flip(0).to(dtype)
+    upper = torch.tensor([6.0, float("nan")], device="cpu").to(dtype)[torch.arange(len(x), device="cpu") % 2]
     found = call(
-        hardware.run_halves, x, pack(y[:, 0], y[:, 1]), pack(barred, barred),
+        hardware.run_halves, x, pack(y[:, 0], y[:, 1]), pack(upper, upper),
         *(torch.zeros(len(x), dtype=d, device="cpu") for d in (torch.int32, torch.int32, torch.float32)),
         len(x), int(dtype == torch.bfloat16),
     )  # fmt: skip
     packed = found[3].view(dtype).reshape(-1, 2)
     assert torch.equal(packed.isnan(), x.isnan()) and torch.equal(packed.nan_to_num(0), x.to(dtype).nan_to_num(0))
-    passes = ~(y <= 0) & (y != barred[:, None])
+    passes = ~(y <= 0) & ~(y >= upper[:, None])
     assert torch.equal(found[4], pack(-passes[:, 0].short(), -passes[:, 1].short()))
     torch.testing.assert_close(found[5], x[:, 0].clamp(0, 6), rtol=0, atol=0, equal_nan=True)

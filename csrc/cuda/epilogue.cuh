@@ -1,5 +1,6 @@
-// What happens to a tile of accumulators: bias + residual + activation + rounding + store; or, unfinished, partial sums
-// for split-K; or sums over the pixels for average pooling. Shared by every GEMM kernel.
+// What happens to a tile of accumulators that lies in shared memory: bias + residual + activation + rounding + store;
+// or, unfinished, partial sums for split-K; or sums over the pixels for average pooling. All of it for CUDA cores; for
+// tensor cores what mma_epilogue.cuh does not do in registers.
 //
 // The kernel lays kRows rows of accumulators at a time into shared memory, row-major with kPad elements between rows,
 // so that stores to global memory are whole lines whatever the registers' layout is.

@@ -35,8 +35,6 @@ struct MmaConfig {
   static constexpr int kThreads = mma_threads(kShape);
   static constexpr int kBlockK = kBlockKBytes / sizeof(T), kStages = mma_stages(kOf);
   static constexpr int kStageBytes = mma_stage_bytes(kOf, kShape), kSharedBytes = mma_shared_bytes(kOf, kShape);
-  static constexpr int kRows = mma_rows(kShape);  // that the epilogue takes at a time in float32
-  static_assert(kRows % kWarpM == 0);
   // With a mask's fragments besides, two steps at once would need more registers than there are.
   static constexpr int kUnroll = kMasked == Masked::kNone ? 2 : 1;
   // Blocks that a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
@@ -45,11 +43,10 @@ struct MmaConfig {
   static constexpr int kBlocks = 512 / kThreads < kRoom ? 512 / kThreads : kRoom;
 };
 
-// What a mask bars beside what is not positive, as the bits of a fragment register: ReLU6's outputs of 6. No output of
-// ReLU is -1.
+// From where on a mask bars, as the bits of a fragment register: 6 for ReLU6; NaN, which nothing reaches, for ReLU.
 template <class T>
-__device__ __forceinline__ uint32_t barred_by(Mask mask) {
-  const float value = mask == Mask::kReLU6 ? 6.0f : -1.0f;
+__device__ __forceinline__ uint32_t upper_of(Mask mask) {
+  const float value = mask == Mask::kReLU6 ? 6.0f : __uint_as_float(0x7fffffffu);
   if constexpr (sizeof(T) == 4)
     return __float_as_uint(value);
   else
@@ -58,12 +55,12 @@ __device__ __forceinline__ uint32_t barred_by(Mask mask) {
 
 // A fragment register of dy where the saved output lets it through; a NaN does.
 template <class T>
-__device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, uint32_t barred) {
+__device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, uint32_t upper) {
   if constexpr (sizeof(T) == 4) {
     const float value = __uint_as_float(y);
-    return !(value <= 0.0f) && value != __uint_as_float(barred) ? dy : 0u;
+    return !(value <= 0.0f) && !(value >= __uint_as_float(upper)) ? dy : 0u;
   } else {
-    return dy & ptx::passing(y, barred, T());
+    return dy & ptx::passing(y, upper, T());
   }
 }
 
@@ -166,7 +163,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
   const FragmentReader<T, C::kMajorA, C::kBlockM, true> read_a(warp_m, lane);
   const FragmentReader<T, C::kMajorB, C::kBlockN, false> read_b(warp_n, lane);
 
-  const uint32_t barred = barred_by<T>(p.mask);
+  const uint32_t upper = upper_of<T>(p.mask);
   const FragmentPlace<C> place(m0, n0, warp_m, warp_n, lane);
   float sums[kFragmentsM][2 * kPairsN][4];
   start_sums<C>(sums, p, t, place);
@@ -193,7 +190,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
           uint32_t y[4];
           read_b.load(y, stage + kOffsetAux, j, s);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], barred);
+          for (int i = 0; i < 4; ++i) b[j][i] = masked<T>(b[j][i], y[i], upper);
         }
         if constexpr (std::is_same_v<T, float>) round_to_tf32(b[j]);
       }
@@ -206,7 +203,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_mma(const __grid
             uint32_t y[4];
             read_a.load(y, stage + kOffsetAux, i, s);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], barred);
+            for (int e = 0; e < 4; ++e) a[e] = masked<T>(a[e], y[e], upper);
           }
         }
         if (C::kRowSums && sums_rows) {

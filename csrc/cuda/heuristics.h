@@ -15,14 +15,14 @@ struct Tile {
   int m, n, warp_m, warp_n;  // of a block, and of each of its warps
 };
 
-constexpr Tile kMmaTiles[] = {{128, 128, 64, 32}, {128, 64, 64, 32},  {64, 128, 64, 32},
-                              {64, 64, 32, 32},   {256, 128, 64, 64}, {128, 256, 64, 64}};
+constexpr Tile kMmaTiles[] = {{128, 128, 64, 32}, {128, 64, 64, 32}, {64, 128, 64, 32}, {64, 64, 32, 32}};
 constexpr int mma_threads(const Tile& tile) { return 32 * (tile.m / tile.warp_m) * (tile.n / tile.warp_n); }
-constexpr int kMmaTileCount = 6;
-constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8, k256x128 = 16, k128x256 = 32;
+constexpr int kMmaTileCount = 4;
+constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8;
 
-// Every pass's natural layouts have a kernel; other combinations take the one that fits the larger operand and gather
-// the other element by element. A tall or wide tile is there where one side is all pixels and the other few channels.
+// Every pass's natural layouts have a kernel; other combinations take the one that fits the larger operand, and the
+// other is gathered in pieces of 4 bytes or repacked. A tall or wide tile is there where one side is all pixels and the
+// other few channels.
 struct MmaKind {
   Major a, b;
   Masked masked;
@@ -32,15 +32,15 @@ struct MmaKind {
 
 constexpr MmaKind kMmaKinds[] = {
     // fprop channels last
-    {Major::kK, Major::kK, Masked::kNone, false, k256x128 | k128x128 | k128x64 | k64x64},
+    {Major::kK, Major::kK, Masked::kNone, false, k128x128 | k128x64 | k64x64},
     // fprop NCHW; dgrad channels last, no mask
-    {Major::kK, Major::kMN, Masked::kNone, false, k256x128 | k128x256 | k128x128 | k128x64 | k64x128 | k64x64},
+    {Major::kK, Major::kMN, Masked::kNone, false, k128x128 | k128x64 | k64x128 | k64x64},
     // dgrad NCHW, wgrad channels last, no mask
-    {Major::kMN, Major::kMN, Masked::kNone, false, k256x128 | k128x256 | k128x128 | k64x128 | k64x64},
+    {Major::kMN, Major::kMN, Masked::kNone, false, k128x128 | k64x128 | k64x64},
     // dgrad channels last
-    {Major::kK, Major::kMN, Masked::kA, false, k256x128 | k128x128 | k128x64 | k64x64},
+    {Major::kK, Major::kMN, Masked::kA, false, k128x128 | k128x64 | k64x64},
     // dgrad NCHW
-    {Major::kMN, Major::kMN, Masked::kB, false, k128x256 | k128x128 | k64x128 | k64x64},
+    {Major::kMN, Major::kMN, Masked::kB, false, k128x128 | k64x128 | k64x64},
     // wgrad NCHW
     {Major::kK, Major::kK, Masked::kA, true, k128x64 | k64x64},
     // wgrad channels last
@@ -58,12 +58,10 @@ constexpr int mma_stage_bytes(const MmaKind& kind, const Tile& tile) {
   return (tile.m + tile.n + aux) * kBlockKBytes;
 }
 
-// Rows of float32 sums that the epilogue lays into shared memory at a time, padded.
-constexpr int kPad = 8;
-constexpr int mma_rows(const Tile& tile) { return tile.m * tile.n > 128 * 128 ? tile.m / 2 : tile.m; }
+constexpr int kPad = 8;  // elements between rows of a tile that the epilogue lays into shared memory
 
 constexpr int mma_shared_bytes(const MmaKind& kind, const Tile& tile) {
-  const int mainloop = mma_stages(kind) * mma_stage_bytes(kind, tile), rows = mma_rows(tile) * (tile.n + kPad) * 4;
+  const int mainloop = mma_stages(kind) * mma_stage_bytes(kind, tile), rows = tile.m * (tile.n + kPad) * 4;
   return mainloop > rows ? mainloop : rows;
 }
 
@@ -91,13 +89,11 @@ struct CostModel {
   double reduction, reduced_bytes;   // one more launch, and bytes a cycle that it reads and writes
 };
 
-// Of the tensor-core kernels: fitted on an H100 to the times of every tile up to 128 x 128 and every split, of the layers
-// of bench/shapes' resnet50 and seed at batch 1 and 32, all passes and both layouts, so that what is chosen is as near to
-// the best as can be (1.5 % and 1 % behind it in the mean). The larger tiles are estimates; their times are not known yet.
-constexpr CostModel kCost16Bits = {
-    {{1020, 510}, {1130, 260}, {1190, 350}, {760, 250}, {1900, 960}, {1900, 960}}, 5300, 3900, 1.4, 1.8, 3200, 30};
-constexpr CostModel kCostTf32 = {
-    {{1160, 790}, {930, 400}, {1020, 560}, {830, 370}, {2200, 1450}, {2200, 1450}}, 7800, 3300, 1.5, 1.5, 3200, 12};
+// Of the tensor-core kernels: fitted on an H100 to the times of every tile and split, of the layers of bench/shapes'
+// resnet50 and seed at batch 1 and 32, all passes and both layouts, so that what is chosen is as near to the best as
+// can be: 1.5 % and 1 % behind it in the mean.
+constexpr CostModel kCost16Bits = {{{1020, 510}, {1130, 260}, {1190, 350}, {760, 250}}, 5300, 3900, 1.4, 1.8, 3200, 30};
+constexpr CostModel kCostTf32 = {{{1160, 790}, {930, 400}, {1020, 560}, {830, 370}}, 7800, 3300, 1.5, 1.5, 3200, 12};
 
 // Of those for CUDA cores, which reach 70 % of 128 multiply-adds a cycle in float32, and 40 in float64.
 constexpr CostModel simt_cost(double multiply_adds) {

@@ -75,6 +75,10 @@ Operand operand_of(const GemmProblem& g, const Side& side, void* workspace) {
     o.image_stride = side.images > 1 ? slab : 0;
     o.group_stride = side.images * slab;
   }
+  if (!side.matrix.data) {  // nothing is read; addresses stay aligned
+    o.mn = o.k = DeviceAxis();
+    o.group_stride = o.aux_group_stride = o.image_stride = 0;
+  }
   const bool vectors = side.chunk == 16 / static_cast<int>(dtype_size(g.dtype));
   o.streams = (vectors || !side.k_unit) && o.k.nd == 1 && o.mn_count > 0;
   return o;
@@ -232,8 +236,7 @@ DeviceAxis device_axis(const Axis& axis) {
 }
 
 int64_t pool_slots(const GemmProblem& g, const Plan& plan) {
-  const int rows = plan.kernel == Kernel::kSimt ? kSimtRows : mma_rows(kMmaTiles[plan.tile]);
-  const int64_t passes = plan.block_m / rows;
+  const int64_t passes = plan.kernel == Kernel::kSimt ? plan.block_m / kSimtRows : 1;
   return g.pool_along_n ? plan.tiles_n : plan.tiles_m * passes;
 }
 

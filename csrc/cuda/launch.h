@@ -49,7 +49,7 @@ Plan make_plan(const GemmProblem& problem, const Device& device, bool allow_tf32
                int64_t image_stride = 0);
 // "key=value" lines, as the CPU's describe().
 std::string describe(const GemmProblem& problem, const Device& device, const Plan& plan);
-// Empty, or why the problem cannot run: an axis of 2^31 or more, an architecture without code.
+// Empty, or why the problem cannot run: an axis of 2^31 or more, too many tiles, an architecture without code.
 std::string check_problem(const GemmProblem& problem, const Device& device);
 cudaError_t run_gemm(const GemmProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream);
 

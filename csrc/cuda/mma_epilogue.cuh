@@ -93,47 +93,39 @@ __device__ __forceinline__ void copy_rows(const T* tile, const GemmParams& p, co
 #pragma unroll 4
   for (uint32_t row = threadIdx.x / kChunks; row < rows; row += kStep)
     *reinterpret_cast<Chunk<T, kChunk>*>(to + p.d.m.at(m0 + row).data) =
-        load_chunk<kChunk>(tile + row * (kBlockN + 16 / sizeof(T)) + col);
+        load_chunk<kChunk>(tile + row * kEpilogueStride<kBlockN> + col);
 }
 
-// Range activations without a residual. Shared memory has room for kRows rows of float32, or for all of a 16-bit type.
+// Range activations without a residual.
 template <class C>
 __device__ __forceinline__ void store_finished(const Sums<C>& sums, const GemmParams& p, const TileIndex& t,
                                                const FragmentPlace<C>& place, unsigned char* shared) {
   using T = typename C::T;
   using Place = FragmentPlace<C>;
-  constexpr int kRows = sizeof(T) == 4 ? C::kRows : C::kBlockM, kVector = 16 / sizeof(T);
-  constexpr int kStride = C::kBlockN + kVector;
+  constexpr int kVector = 16 / sizeof(T), kStride = kEpilogueStride<C::kBlockN>;
   T* const tile = reinterpret_cast<T*>(shared);
+  T* const to = tile + place.row * kStride + place.col;
 #pragma unroll
-  for (int first = 0; first < C::kBlockM; first += kRows) {
-    if (first > 0) __syncthreads();  // the rows before are read
-    if (kRows == C::kBlockM || place.row / kRows * kRows == first) {
-      T* const to = tile + (place.row - first) * kStride + place.col;
+  for (int i = 0; i < Place::kFragmentsM; ++i)
 #pragma unroll
-      for (int i = 0; i < Place::kFragmentsM; ++i)
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-          for (int j = 0; j < Place::kFragmentsN; ++j) {
-            const float x = ptx::in_range(sums[i][j][2 * h], p.lower, p.upper);
-            const float y = ptx::in_range(sums[i][j][2 * h + 1], p.lower, p.upper);
-            T* const at = to + (i * 16 + h * 8) * kStride + j * 8;
-            if constexpr (sizeof(T) == 4)
-              *reinterpret_cast<float2*>(at) = make_float2(x, y);
-            else
-              *reinterpret_cast<uint32_t*>(at) = ptx::pack(x, y, T());
-          }
-    }
-    __syncthreads();
-    const uint32_t m0 = place.m0 + first;
-    if (p.d.chunk == kVector)
-      copy_rows<kVector, T, kRows, C::kBlockN, C::kThreads>(tile, p, t, m0, place.n0);
-    else if (kVector > 4 && p.d.chunk == 4)
-      copy_rows<4, T, kRows, C::kBlockN, C::kThreads>(tile, p, t, m0, place.n0);
-    else
-      copy_rows<1, T, kRows, C::kBlockN, C::kThreads>(tile, p, t, m0, place.n0);
-  }
+      for (int j = 0; j < Place::kFragmentsN; ++j) {
+        const float x = ptx::in_range(sums[i][j][2 * h], p.lower, p.upper);
+        const float y = ptx::in_range(sums[i][j][2 * h + 1], p.lower, p.upper);
+        T* const at = to + (i * 16 + h * 8) * kStride + j * 8;
+        if constexpr (sizeof(T) == 4)
+          *reinterpret_cast<float2*>(at) = make_float2(x, y);
+        else
+          *reinterpret_cast<uint32_t*>(at) = ptx::pack(x, y, T());
+      }
+  __syncthreads();
+  if (p.d.chunk == kVector)
+    copy_rows<kVector, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
+  else if (kVector > 4 && p.d.chunk == 4)
+    copy_rows<4, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
+  else
+    copy_rows<1, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
 }
 
 // All of it. Every thread calls, and nobody reads or fills the stages any more.
@@ -147,22 +139,16 @@ __device__ __forceinline__ void finish_sums(const Sums<C>& sums, const GemmParam
     return;
   }
   float* const tile = reinterpret_cast<float*>(shared);
-#pragma unroll 1
-  for (int pass = 0; pass < C::kBlockM / C::kRows; ++pass) {
-    if (pass > 0) __syncthreads();  // the rows before are read
-    if (place.row / C::kRows == pass) {
 #pragma unroll
-      for (int i = 0; i < Place::kFragmentsM; ++i)
+  for (int i = 0; i < Place::kFragmentsM; ++i)
 #pragma unroll
-        for (int j = 0; j < Place::kFragmentsN; ++j)
+    for (int j = 0; j < Place::kFragmentsN; ++j)
 #pragma unroll
-          for (int h = 0; h < 2; ++h)
-            *reinterpret_cast<float2*>(tile + (place.row % C::kRows + i * 16 + h * 8) * kEpilogueStride<C::kBlockN> +
-                                       place.col + j * 8) = make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
-    }
-    __syncthreads();
-    epilogue<typename C::T, C::kBlockM, C::kBlockN, C::kRows, C::kThreads>(tile, p, t, pass, !p.rare);
-  }
+      for (int h = 0; h < 2; ++h)
+        *reinterpret_cast<float2*>(tile + (place.row + i * 16 + h * 8) * kEpilogueStride<C::kBlockN> + place.col +
+                                   j * 8) = make_float2(sums[i][j][2 * h], sums[i][j][2 * h + 1]);
+  __syncthreads();
+  epilogue<typename C::T, C::kBlockM, C::kBlockN, C::kBlockM, C::kThreads>(tile, p, t, 0, !p.rare);
 }
 
 }  // namespace conv1x1::cuda

@@ -146,7 +146,11 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const CostModel cost = plan.tf32 ? kCostTf32 : mma ? kCost16Bits : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
   bool masked_tiles = false;
   if (mma) {
-    const Masked masked = g.mask == Mask::kNone ? Masked::kNone : g.a.aux ? Masked::kA : Masked::kB;
+    // Nothing masks where there are no pixels: the saved output has no data then.
+    const Masked masked = g.mask == Mask::kNone ? Masked::kNone
+                          : g.a.aux             ? Masked::kA
+                          : g.b.aux             ? Masked::kB
+                                                : Masked::kNone;
     plan.kind = kind_of(g, masked);
     plan_operands(g, images, image_stride, bytes, 16 / bytes, true, false, false, plan);
     // What is repacked is masked on the way, and the kernel has one tile less to carry.

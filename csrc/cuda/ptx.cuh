@@ -96,19 +96,19 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t float_bits) {
   return rounded;
 }
 
-// All ones in each 16-bit half where y is neither <= 0 nor `barred` (a NaN is neither).
-__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t barred, __half) {
+// All ones in each 16-bit half where y is neither <= 0 nor >= `upper`. A NaN on either side of a comparison passes it.
+__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t upper, __half) {
   __half2 value, other;
   memcpy(&value, &y, 4);
-  memcpy(&other, &barred, 4);
-  return __hgtu2_mask(value, __half2half2(__ushort_as_half(0))) & __hneu2_mask(value, other);
+  memcpy(&other, &upper, 4);
+  return __hgtu2_mask(value, __half2half2(__ushort_as_half(0))) & __hltu2_mask(value, other);
 }
 
-__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t barred, __nv_bfloat16) {
+__device__ __forceinline__ uint32_t passing(uint32_t y, uint32_t upper, __nv_bfloat16) {
   __nv_bfloat162 value, other;
   memcpy(&value, &y, 4);
-  memcpy(&other, &barred, 4);
-  return __hgtu2_mask(value, __bfloat162bfloat162(__ushort_as_bfloat16(0))) & __hneu2_mask(value, other);
+  memcpy(&other, &upper, 4);
+  return __hgtu2_mask(value, __bfloat162bfloat162(__ushort_as_bfloat16(0))) & __hltu2_mask(value, other);
 }
 
 // x in [lower, upper]; NaN stays NaN.

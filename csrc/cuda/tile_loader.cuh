@@ -2,10 +2,11 @@
 //
 // A tile is kBlock indices of m (or n) by kBlockKBytes of k, in 16-byte chunks along the contiguous index:
 //
-//   Major::kK   row = index of m, 64 bytes of k: two rows make a line of 128 bytes, chunk c of line l lies at c ^ (l %
-//   8) Major::kMN  row = index of k, kBlock elements of m: chunk c of row r lies at c ^ s(r), s = r % 8 for 16-bit
-//   types and
-//               2 (r % 4) for 32-bit ones
+//   Major::kK: a row is an index of m; 64 bytes of k. Two rows make a line of 128 bytes; chunk c of line l lies at
+//   c ^ (l % 8).
+//
+//   Major::kMN: a row is an index of k; kBlock elements of m. Chunk c of row r lies at c ^ (r % 8) for 16-bit types, at
+//   c ^ 2 (r % 4) for 32-bit ones,
 //
 // so that neither the copies nor ldmatrix (or, for 32-bit kMN, plain loads) meet a bank twice. Where the tensor's
 // strides or alignment do not allow 16 bytes at once, a chunk is copied in pieces of 8 or 4: the alignment tiers. (What

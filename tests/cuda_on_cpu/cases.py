@@ -47,7 +47,7 @@ LARGE_TILES = (
     Case(2, 40, 33, (13, 12)),
 )  # fmt: skip
 # More than a tile, and a tail, of each size along pixels and along channels out or in.
-TILED = (Case(2, 70, 264, (10, 13)), Case(2, 264, 36, (11, 12)))
+TILED = (Case(1, 70, 136, (10, 13)), Case(1, 136, 36, (11, 12)))
 LONG = Case(2, 12, 20, (37, 40))  # wgrad cuts its k, the pixels
 
 

@@ -129,23 +129,22 @@ inline uint32_t round_to_tf32(uint32_t float_bits) {
 }
 
 template <class T>
-uint32_t passing(uint32_t y, uint32_t barred, T) {
+uint32_t passing(uint32_t y, uint32_t upper, T) {
   uint32_t mask = 0;
   for (int half = 0; half < 2; ++half) {
     T value, other;
-    const uint16_t bits = static_cast<uint16_t>(y >> 16 * half),
-                   other_bits = static_cast<uint16_t>(barred >> 16 * half);
+    const uint16_t bits = static_cast<uint16_t>(y >> 16 * half), other_bits = static_cast<uint16_t>(upper >> 16 * half);
     std::memcpy(&value, &bits, 2);
     std::memcpy(&other, &other_bits, 2);
     const float v = widened(value);
-    if (!(v <= 0) && v != widened(other)) mask |= 0xffffu << 16 * half;
+    if (!(v <= 0) && !(v >= widened(other))) mask |= 0xffffu << 16 * half;
   }
   return mask;
 }
 
 inline float in_range(float x, float lower, float upper) {
   if (std::isnan(x)) return __uint_as_float(0x7fffffffu);
-  return x < lower ? lower : x > upper ? upper : x;
+  return x > upper ? upper : x > lower ? x : lower;  // -0 is less than 0
 }
 
 inline uint32_t pack(float x, float y, __half) {
