@@ -110,13 +110,13 @@ struct TileIndex {
   uint32_t tile_m, tile_n, group, image, slice;
 };
 
-__device__ __forceinline__ TileIndex tile_index(const GemmParams& p) {
+__device__ __forceinline__ TileIndex tile_index(const GemmParams& p, uint32_t block) {
   const auto take = [](uint32_t& id, const FastDivmod& by) {
     const uint32_t rest = by.remainder(id);
     id = by.quotient(id);
     return rest;
   };
-  uint32_t id = blockIdx.x;
+  uint32_t id = block;
   const uint32_t inner = take(id, p.inner_tiles), outer = take(id, p.outer_tiles);
   TileIndex t;
   t.tile_m = p.m_fastest ? inner : outer;
@@ -126,6 +126,8 @@ __device__ __forceinline__ TileIndex tile_index(const GemmParams& p) {
   t.slice = id;
   return t;
 }
+
+__device__ __forceinline__ TileIndex tile_index(const GemmParams& p) { return tile_index(p, blockIdx.x); }
 
 // Storage type -> accumulator type.
 template <class T>

@@ -151,6 +151,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_simt(const __gri
         static_cast<Acc*>(p.row_sums)[(static_cast<int64_t>(t.slice) * p.groups + t.group) * p.m + m] = row_sums[i];
     }
 
+  // Worked out again, rather than in registers through the main loop.
+  const TileIndex again = tile_index(p, ptx::block_index());
 #pragma unroll
   for (int pass = 0; pass < C::kBlock / C::kRows; ++pass) {
     __syncthreads();  // the buffers, or the pass before, are read
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) gemm_simt(const __gri
       for (int j = 0; j < kPerThread; ++j)
         tiles[(row0 + i) * kEpilogueStride<C::kBlock> + j / 4 * C::kHalf + col0 + j % 4] = sums[pass * 4 + i][j];
     __syncthreads();
-    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, t, pass, false);
+    epilogue<typename C::T, C::kBlock, C::kBlock, C::kRows, C::kThreads>(tiles, p, again, pass, false);
   }
 }
 

@@ -21,6 +21,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // A value that the compiler must keep in a register, as it no longer knows how to work it out again.
 __device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
 
+// blockIdx.x, asked for now: what is worked out from it is not kept from before.
+__device__ __forceinline__ uint32_t block_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, or of as many zeros where not `valid`: then
 // `global` is not read. Both addresses are multiples of kBytes. (A count of valid bytes instead costs ten
 // instructions.)

@@ -23,6 +23,8 @@ void cp_async(void* shared, const void* global, bool valid, const char* file = _
 
 inline void opaque(int&) {}
 
+inline uint32_t block_index() { return blockIdx.x; }
+
 inline void cp_async_commit() { emulator::close_group(); }
 
 template <int kPending>
