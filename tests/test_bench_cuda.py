@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bench import cuda_harness, cuda_peers, cuda_report, op, op_cuda
+from bench import cuda_harness, cuda_peers, cuda_report, cuda_tiles, op, op_cuda
 from bench.harness import Layer
 
 
@@ -148,3 +148,19 @@ def test_options_of_the_other_device(options, message, capsys):
     with pytest.raises(SystemExit):
         op.parse(options)
     assert message in capsys.readouterr().err
+
+
+def test_fit_finds_a_model_that_chooses_well():
+    """Of two choices a problem, the better one depends on a threshold, which is the model's only constant here."""
+    times = [{"large/1": 10.0 + i, "small/1": 20.0} for i in range(20)]
+
+    def choose(model):
+        return ["large/1" if i < model[0] else "small/1" for i in range(20)]
+
+    start = [2.0] + [1.0] * 13
+    score, model = cuda_tiles.fit(start, choose, times, seconds=0.3)
+    assert score < cuda_tiles.regret(choose(start), times) / 4 and 8 < model[0] < 13
+    assert cuda_tiles.regret(["not timed"] * 20, times) == cuda_tiles.regret(
+        ["small/1" if i < 10 else "large/1" for i in range(20)], times
+    )
+    assert cuda_tiles.text_of(list(range(14))) == "{{{0, 4}, {1, 5}, {2, 6}, {3, 7}}, 8, 9, 10, 11, 12, 13}"

@@ -192,6 +192,17 @@ def test_every_tile(emulator, case, tile, layouts, mode):
     avg_pool(emulator, case, dtype_of(mode), layouts[0], "silu", gpu=gpu)
 
 
+@pytest.mark.parametrize("slices", [1, 2, 3, 7])
+def test_any_split(emulator, slices):
+    for mode, direction in itertools.product(MMA_MODES, ("dgrad", "wgrad")):
+        gpu = Gpu(90, 132, 227 << 10, only_tile=3, only_slices=slices)
+        case = Case(2, 20, 300, (20, 20))
+        _, plan = backward(emulator, direction, case, mode, LAYOUTS[1], gpu=gpu)
+        k, unit = (300 if direction == "dgrad" else 800), 4 * (16 if mode == TF32 else 32)
+        units = -(-k // unit)
+        assert plan["grid"].endswith(f", {-(-units // -(-units // min(slices, units)))} slices of k")
+
+
 def test_the_cases_do_use_every_tile(emulator):
     """Or the tests would prove nothing about the others."""
     tiles = {"simt": set(), "mma": set()}

@@ -40,7 +40,7 @@ std::vector<cuda::Device> all_devices() {
   for (int d = 0; d < count; ++d)
     devices.push_back(
         {10 * attribute(cudaDevAttrComputeCapabilityMajor, d) + attribute(cudaDevAttrComputeCapabilityMinor, d),
-         attribute(cudaDevAttrMultiProcessorCount, d), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, d), -1});
+         attribute(cudaDevAttrMultiProcessorCount, d), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, d)});
   return devices;
 }
 

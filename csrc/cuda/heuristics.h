@@ -108,10 +108,11 @@ struct Choice {
 };
 
 // The cheapest split of k for one tile shape, `together` blocks of it sharing a multiprocessor. Slices are whole
-// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains.
+// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains. `only_slices` > 0: no
+// other number of them.
 inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int together, bool masked, int64_t m,
                          int64_t n, int64_t k, int64_t batch, int accumulator_bytes, int block_k, int sm_count,
-                         bool may_split) {
+                         bool may_split, int64_t only_slices) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles_n = n > 0 ? ceil_div(n, tile.n) : 1, tiles = ceil_div(m, tile.m) * tiles_n * batch;
   const int64_t unit = 4 * block_k, units = ceil_div(k, unit);
@@ -120,7 +121,8 @@ inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int
   const double full = cost.tiles[index].full * (masked ? cost.masked_full : 1);
   Choice best;
   best.cycles = -1;
-  for (int64_t wanted = 1; wanted <= units || wanted == 1; wanted += wanted < 8 ? 1 : wanted / 4) {
+  const int64_t most = units > 1 ? units : 1, only = only_slices < most ? only_slices : most;
+  for (int64_t wanted = only > 0 ? only : 1; wanted <= most; wanted += wanted < 8 ? 1 : wanted / 4) {
     const int64_t per_slice = units > 0 ? ceil_div(units, wanted) : 1;
     const int64_t slices = units > 0 ? ceil_div(units, per_slice) : 1, slice = slices == 1 ? k : per_slice * unit;
     const double stages = static_cast<double>(ceil_div(slice, block_k));
@@ -132,7 +134,7 @@ inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int
       cycles += cost.reduction +
                 static_cast<double>((slices + 1) * batch * m * n) * accumulator_bytes / (cost.reduced_bytes * sm_count);
     if (best.cycles < 0 || cycles < best.cycles) best = {index, slices, slice, cycles};
-    if (!may_split || rounds > 4) break;
+    if (!may_split || rounds > 4 || only > 0) break;
   }
   return best;
 }

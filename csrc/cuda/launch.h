@@ -19,7 +19,6 @@ struct Device {           // what a plan may depend on beside the problem
   int arch = 0;           // compute capability, 10 * major + minor
   int sm_count = 0;       // multiprocessors
   int shared_memory = 0;  // bytes a block may have, opted in
-  int only_tile = -1;     // for tests: the tensor-core tile to take wherever it exists
 };
 
 enum class Kernel : int { kSimt, kMma };

@@ -153,7 +153,6 @@ extern "C" __attribute__((visibility("default"))) void conv1x1_emulated(const in
   device.arch = static_cast<int>(read.integer());
   device.sm_count = static_cast<int>(read.integer());
   device.shared_memory = static_cast<int>(read.integer());
-  device.only_tile = static_cast<int>(read.integer());
   settings.shared_memory_limit = device.shared_memory;
   const bool allow_tf32 = read.integer() != 0;
 
