@@ -1,6 +1,6 @@
 """Every tile and split of the tensor-core kernels, layer by layer, and the cost model's constants fitted to them.
 
-    python -m bench.cuda_tiles sweep --json tiles.json     on a GPU, about a minute for seed and resnet50
+    python -m bench.cuda_tiles sweep --json tiles.json     on a GPU
     python -m bench.cuda_tiles fit --json tiles.json       on the same GPU: prints the constants for heuristics.h
 
 Times are those of CUDA graphs over copies that together exceed the L2 cache (bench/cuda_harness.py), the best of three.
@@ -18,7 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ from bench.harness import NETS, Layer, load_shapes
 from conv1x1_ext import _eager, _library
 
 TILES = 4  # of heuristics.h
-MODEL = ("fixed_alone", "fixed_full", "masked_alone", "masked_full", "reduction", "reduced_bytes")
 DIRECTIONS = {"fprop": 0, "dgrad": 1, "wgrad": 2 | 4}  # what _backward is asked for
 SLICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-Model = list[float]  # alone of each tile, full of each, then MODEL
+Model = list[float]  # alone of each tile, full of each, then CostModel's other members in order
 
 
 def tune(tile: int = -1, slices: int = 0, bits16: Model | None = None, tf32: Model | None = None) -> None:
@@ -104,11 +103,12 @@ def sweep_one(problem: Problem, timer: cuda_harness.Timer, l2_bytes: int) -> dic
     layer = problem.layer
     item = cuda_harness.DTYPES[problem.dtype].itemsize
     moved = item * (layer.n * layer.c_in * layer.h * layer.w + layer.pixels * layer.c_out)
-    calls = problem.calls(min(64, cuda_harness.copies_for(moved, l2_bytes)))
+    calls = problem.calls(cuda_harness.copies_for(moved, l2_bytes))
     tensors = problem.tensors()
     k = {"fprop": layer.c_in, "dgrad": layer.c_out, "wgrad": layer.pixels}[problem.direction]
     times: dict[str, float] = {}
     for tile in range(TILES):
+        before = math.inf
         for slices in SLICES:
             if slices > 1 and k // slices < 128:
                 break
@@ -116,13 +116,13 @@ def sweep_one(problem: Problem, timer: cuda_harness.Timer, l2_bytes: int) -> dic
             choice = problem.choice(*tensors)
             if choice in times:  # the tile does not exist here, or as many slices do not
                 continue
-            for call in calls[:1]:
-                call()
+            calls[0]()
             torch.cuda.synchronize()
             graph = timer.capture(calls)
             times[choice] = round(min(timer.graph(graph, len(calls)) for _ in range(3)), 2)
-            if times[choice] > 3 * min(times.values()):
+            if before < times[choice] > 3 * min(times.values()):
                 break
+            before = times[choice]
     tune()
     return times
 
@@ -177,18 +177,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             if time.monotonic() > end:
                 break
             cuda_harness.allow_tf32(problem.dtype == "tf32")
-            rows.append({**_key(problem), "times": sweep_one(problem, timer, l2_bytes)})
-        args.json.write_text(json.dumps({"device": cuda_harness.gpu(), "problems": rows}) + "\n")
+            rows.append({**asdict(problem), "times": sweep_one(problem, timer, l2_bytes)})
+            args.json.write_text(json.dumps({"device": cuda_harness.gpu(), "problems": rows}) + "\n")
         print(f"{len(rows)} problems, {sum(len(r['times']) for r in rows)} choices")
         return
-    measured = {tuple(_key(p).items()): p for p in problems(args.shapes, args.batch, args.dtype)}
     rows = json.loads(args.json.read_text())["problems"]
     for tf32 in (False, True):
         cuda_harness.allow_tf32(tf32)
         chosen = [r for r in rows if (r["dtype"] == "tf32") == tf32 and len(r["times"]) > 1]
         if not chosen:
             continue
-        found = [measured[tuple((k, r[k]) for k in ("layer", "dtype", "layout", "direction"))] for r in chosen]
+        found = [Problem(Layer(**r["layer"]), r["dtype"], r["layout"], r["direction"]) for r in chosen]
         tensors = [p.tensors() for p in found]
 
         def choose(model: Model, tf32: bool = tf32, found: Any = found, tensors: Any = tensors) -> list[str]:
@@ -198,12 +197,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = [1000.0, 1000, 1000, 750, 500, 260, 350, 250, 5000, 4000, 1.4, 1.8, 3200, 30]
         score, model = fit(start, choose, [r["times"] for r in chosen], args.seconds)
         print(f"{'tf32' if tf32 else '16 bits'}: {math.exp(score) - 1:.1%} behind the best; {text_of(model)}")
-
-
-def _key(problem: Problem) -> dict[str, str]:
-    return {
-        "layer": str(problem.layer), "dtype": problem.dtype, "layout": problem.layout, "direction": problem.direction,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

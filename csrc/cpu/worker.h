@@ -244,12 +244,15 @@ class Worker : private Panels<T> {
     const int64_t step = plan_.a == Operand::kPackOnce ? plan_.steps(k0) : 0;
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
     if (direct && plan_.a_access == AccessA::kRows) {
-      const bool linear = p_.a.row.linear();
-      for (int64_t r = 0; r < t.size; ++r) {
-        const int64_t row = linear ? (t.start + r) * p_.a.row.stride[0] : run_at(p_.a.row, t.start + r, 1).offset;
-        rows[r] = element(p_.a.data, group_ * p_.a.group_stride + k0 + row);
+      const Axis& axis = p_.a.row;
+      const int64_t first = group_ * p_.a.group_stride + k0;
+      args.a_pitch = axis.stride[0] * dtype_size(p_.dtype);
+      if (axis.linear()) {
+        const char* row = static_cast<const char*>(element(p_.a.data, first + t.start * axis.stride[0]));
+        for (int64_t r = 0; r < t.size; ++r) rows[r] = row + r * args.a_pitch;
+      } else {
+        for (int64_t r = 0; r < t.size; ++r) rows[r] = element(p_.a.data, first + run_at(axis, t.start + r, 1).offset);
       }
-      args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
     } else if (direct) {
       args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {

@@ -108,8 +108,8 @@ struct Choice {
 };
 
 // The cheapest split of k for one tile shape, `together` blocks of it sharing a multiprocessor. Slices are whole
-// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains. `only_slices` > 0: no
-// other number of them.
+// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains. `only_slices` > 0:
+// that many, or as many as leave none empty.
 inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int together, bool masked, int64_t m,
                          int64_t n, int64_t k, int64_t batch, int accumulator_bytes, int block_k, int sm_count,
                          bool may_split, int64_t only_slices) {
@@ -121,7 +121,7 @@ inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int
   const double full = cost.tiles[index].full * (masked ? cost.masked_full : 1);
   Choice best;
   best.cycles = -1;
-  const int64_t most = units > 1 ? units : 1, only = only_slices < most ? only_slices : most;
+  const int64_t most = units > 1 ? units : 1, only = !may_split ? 0 : only_slices < most ? only_slices : most;
   for (int64_t wanted = only > 0 ? only : 1; wanted <= most; wanted += wanted < 8 ? 1 : wanted / 4) {
     const int64_t per_slice = units > 0 ? ceil_div(units, wanted) : 1;
     const int64_t slices = units > 0 ? ceil_div(units, per_slice) : 1, slice = slices == 1 ? k : per_slice * unit;

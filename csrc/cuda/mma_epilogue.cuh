@@ -81,15 +81,15 @@ __device__ __forceinline__ void store_partial_sums(const Sums<C>& sums, const Ge
 }
 
 // A finished tile from shared memory to D.
-template <int kChunk, class T, int kRows, int kBlockN, int kThreads>
-__device__ __forceinline__ void copy_rows(const T* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
+template <int kChunk, class T, int kBlockM, int kBlockN, int kThreads>
+__device__ __forceinline__ void copy_tile(const T* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
                                           uint32_t n0) {
   constexpr int kChunks = kBlockN / kChunk, kStep = kThreads / kChunks;
   static_assert(kStep * kChunks == kThreads);
   const uint32_t col = threadIdx.x % kChunks * kChunk, n = n0 + col;
   if (n >= p.n) return;
   T* const to = static_cast<T*>(p.d.data) + t.group * p.d.group_stride + p.d.n.at(n).data;
-  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kRows});
+  const uint32_t rows = min(p.m - min(m0, p.m), uint32_t{kBlockM});
 #pragma unroll 4
   for (uint32_t row = threadIdx.x / kChunks; row < rows; row += kStep)
     *reinterpret_cast<Chunk<T, kChunk>*>(to + p.d.m.at(m0 + row).data) =
@@ -121,11 +121,11 @@ __device__ __forceinline__ void store_finished(const Sums<C>& sums, const GemmPa
       }
   __syncthreads();
   if (p.d.chunk == kVector)
-    copy_rows<kVector, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
+    copy_tile<kVector, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
   else if (kVector > 4 && p.d.chunk == 4)
-    copy_rows<4, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
+    copy_tile<4, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
   else
-    copy_rows<1, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
+    copy_tile<1, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
 }
 
 // All of it. Every thread calls, and nobody reads or fills the stages any more.

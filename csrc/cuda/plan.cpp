@@ -117,10 +117,6 @@ const char* kernel_name(const Plan& plan, DType dtype) {
   return dtype == DType::kFloat16 ? "mma_sm80_float16" : "mma_sm80_bfloat16";
 }
 
-}  // namespace
-
-namespace {
-
 void plan_operand(const Matrix& matrix, const Axis& mn, const Axis& k, int64_t groups, int64_t images,
                   int64_t image_stride, int bytes, int limit, bool mma, bool k_unit, bool must_repack, int& chunk,
                   Repack& repack) {
@@ -180,7 +176,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
 
   const auto exists = [&](int tile) {
     const MmaKind& kind = kMmaKinds[plan.kind];
-    return tile >= 0 && has_tile(kind, tile, bytes) && mma_shared_bytes(kind, kMmaTiles[tile]) <= device.shared_memory;
+    return tile >= 0 && tile < kMmaTileCount && has_tile(kind, tile, bytes) &&
+           mma_shared_bytes(kind, kMmaTiles[tile]) <= device.shared_memory;
   };
   Choice best;
   best.cycles = -1;
