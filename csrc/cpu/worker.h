@@ -245,14 +245,12 @@ class Worker : private Panels<T> {
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
     if (direct && plan_.a_access == AccessA::kRows) {
       const Axis& axis = p_.a.row;
-      const int64_t first = group_ * p_.a.group_stride + k0;
+      const int64_t from = group_ * p_.a.group_stride + k0;
+      const auto row = static_cast<const char*>(element(p_.a.data, from + run_at(axis, t.start, 1).offset));
       args.a_pitch = axis.stride[0] * dtype_size(p_.dtype);
-      if (axis.linear()) {
-        const char* row = static_cast<const char*>(element(p_.a.data, first + t.start * axis.stride[0]));
-        for (int64_t r = 0; r < t.size; ++r) rows[r] = row + r * args.a_pitch;
-      } else {
-        for (int64_t r = 0; r < t.size; ++r) rows[r] = element(p_.a.data, first + run_at(axis, t.start + r, 1).offset);
-      }
+      for (int64_t r = 0; r < t.size; ++r)
+        rows[r] =
+            axis.linear() ? row + r * args.a_pitch : element(p_.a.data, from + run_at(axis, t.start + r, 1).offset);
     } else if (direct) {
       args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
