@@ -1,5 +1,6 @@
 """Every microkernel by itself, by the pybind11 table: all m <= MR and n <= NR, nothing touched outside the tile."""
 
+import itertools
 import math
 import sys
 
@@ -230,7 +231,7 @@ def test_a_chain_may_be_cut_and_continued(table, kernel, rng):
 @pytest.mark.parametrize("k", [0, 5, 150])
 def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
     """Several tiles, one below the other: bias along m, residual and C go on from tile to tile. The longest k is cut
-    for the strip of two: sums wait for its second piece. AMX's take a call each, and what a call leaves to be stored
+    for the strip of two: sums wait for its second piece. AMX's take two calls, and what a call leaves to be stored
     waits for the next one or for the end.
     """
     for m in sorted({1, kernel["mr"] - 1, kernel["mr"]}):
@@ -252,6 +253,42 @@ def test_a_strip_gives_the_bits_of_its_tiles(table, kernel, rng, rows, k):
                     assert (tile.run(table, **part, **limits) == out[i * m : (i + 1) * m, :n]).all(), (m, n, i)
                 out[: count * m, :n] = CANARY
                 assert (out == out.dtype.type(CANARY)).all(), "written outside the strip"
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+@pytest.mark.parametrize("count,panels", [(1, 2), (1, 5), (3, 3)])
+def test_tiles_side_by_side_give_the_bits_of_each(table, kernel, rng, rows, count, panels):
+    """One call for a strip's tiles by several panels of B: both biases, the residual and, of a single row of tiles,
+    c_in go on from tile to tile. Of the longest k, B's panels are more than stays in L1.
+    """
+    if kernel["ks"] == 1:
+        pytest.skip("a call computes the columns of one panel")
+    n = kernel["nr"]
+    for m, k in itertools.product((5, 17, kernel["mr"]), (5, 150, 300)):
+        strip = [Tile(rng, kernel, rows, m, n, k) for _ in range(count)]
+        columns = [Tile(rng, kernel, rows, m, n, k) for _ in range(panels)]
+        a = readable_behind(np.concatenate([tile.operands()[0] for tile in strip]), 16 * m * kernel["ks"])
+        b = np.concatenate([tile.operands()[1] for tile in columns])
+        out = np.full((count * m + 1, panels * n + 19), CANARY, kernel["dtype"])
+        given = {
+            "bias_m": random(rng, (count * m,), kernel), "bias_n": random(rng, (panels * n,), kernel),
+            "residual": random(rng, (count * m, panels * n + 5), kernel),
+        }  # fmt: skip
+        if count == 1:
+            given["c_in"] = random(rng, (m, panels * n), kernel)
+        limits = {"lower": -1.0, "upper": math.inf, "with_epilogue": True}
+        table.run(kernel["name"], rows, a, b, out, n, tiles=count, panels=panels, **given, **limits)
+        for i, j in itertools.product(range(count), range(panels)):
+            down, across = slice(i * m, (i + 1) * m), slice(j * n, (j + 1) * n)
+            tile = Tile(rng, kernel, rows, m, n, k)
+            tile.a, tile.b = strip[i].a, columns[j].b
+            part = {
+                name: np.ascontiguousarray(v[{"bias_m": down, "bias_n": across}.get(name, (down, across))])
+                for name, v in given.items()
+            }
+            assert (tile.run(table, **part, **limits) == out[down, across]).all(), (m, k, i, j)
+        out[: count * m, : panels * n] = CANARY
+        assert (out == out.dtype.type(CANARY)).all(), "written outside the tiles"
 
 
 def split_columns(kernel, n, first):

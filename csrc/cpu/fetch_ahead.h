@@ -35,8 +35,8 @@ class FetchAhead {
     while (current_ < count_) {
       Piece& piece = pieces_[current_];
       if (piece.row < piece.rows) {
-        const int64_t steps = args.k * args.tiles;
-        int64_t rows = (left_ * args.tiles + tiles - 1) / tiles, together = 1;
+        const int64_t here = args.tiles * args.panels, steps = args.k * here;
+        int64_t rows = (left_ * here + tiles - 1) / tiles, together = 1;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
         // Of a stretch, as many lines in a step as it takes.
         while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;

@@ -78,12 +78,18 @@ struct Fetch {
   int64_t rows = 0, pitch = 0, width = 0;
 };
 
+using RepairFn = void (*)(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite);
+
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
-  // KS = 1: a strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
-  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. `piece`, whole
-  // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
+  // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
+  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. `piece` (KS
+  // = 1), whole chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read
+  // from L1.
   int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
+  // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
+  // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
+  int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;
   bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
   const void* const* a_rows = nullptr;
   int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
@@ -105,7 +111,7 @@ struct TileArgs {
   void* pending = nullptr;
   // Several parts: called with the tile's sums, before c_in and the epilogue, where one of them is not finite, or
   // smaller than kDoubtfulBelow.
-  void (*repair)(void* repairer, float* sums, int64_t ld, bool finite) = nullptr;
+  RepairFn repair = nullptr;
   void* repairer = nullptr;
   bool mirrored = false;  // their products in the order that they have with A and B exchanged
   Fetch next_a, next_c;   // KS > 1: of what the next row of tiles will read and be stored to, this call's share

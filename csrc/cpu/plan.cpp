@@ -36,6 +36,7 @@ constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, tha
 constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
+constexpr int64_t kGroupsACall = 32, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
 constexpr int64_t kCachedBytes = 16 << 20;
@@ -237,7 +238,12 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
 void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, chain = plan.steps(plan.kc);
   plan.piece = std::max<int64_t>(steps, 1);
-  if (plan.kernel->ks > 1) return;
+  if (plan.kernel->ks > 1) {  // a call has all of a row's tiles: more rows only where that is little work
+    const int64_t row = std::max<int64_t>(steps / plan.kernel->ks * plan.block_n, 1);
+    const bool whole = plan.k_step >= plan.slice && plan.slices == 1;
+    if (whole && plan.kernel->parts == 1) plan.strip = clamp(kGroupsACall / row, 1, kMaxTiledStrip);
+    return;
+  }
   plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
   if (plan.strip > 1 || steps <= chain || plan.k_step < plan.slice) return;
   plan.piece = std::max(2 * l1_bytes() / 3 / (nr * element) / chain, int64_t{1}) * chain;

@@ -2,7 +2,8 @@
 //
 //   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> threads and phases
 //   worker.h    a thread's loop nest                      microkernel.h   what runs inside a tile
-//   panels.h    a thread's packed operands                fetch_ahead.h   what the next block reads
+//   panels.h    a thread's packed operands                columns.h    a block's columns of tiles
+//   fetch_ahead.h   what the next block reads
 #pragma once
 
 #include <string>

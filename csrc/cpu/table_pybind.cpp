@@ -71,10 +71,11 @@ using Array = py::array_t<T, py::array::c_style>;
 // and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
 // KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory; several parts are further steps of each KS,
 // and a is followed by what is read of rows past the last one. A strip of `tiles` tiles has so many times a's and out's
-// rows; it is computed in pieces of k as many chains long.
+// rows; it is computed in pieces of k as many chains long. `panels` of b, one below the other, have their columns of
+// out, c_in, residual and bias_n side by side.
 template <class T, class P, class PB>
 Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
-                int64_t tiles = 1) {
+                int64_t tiles = 1, int64_t panels = 1) {
   const bool pairs = std::is_same<P, uint32_t>::value, float16_b = std::is_same<PB, uint16_t>::value;
   if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs ||
       (kernel.b_in_place == conv1x1::DType::kFloat16) != float16_b)
@@ -82,8 +83,10 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   Call<T> call;
   if (tiles < 1 || a.shape(0) % tiles != 0) throw std::invalid_argument("no strip of so many tiles");
   const int64_t first = a.shape(0) / tiles, m = rows ? first : a.shape(1), k = rows ? a.shape(1) : first;
-  if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k || b.shape(1) < n ||
-      out.shape(0) < m * tiles || out.shape(1) < n || k % (kernel.ks * kernel.parts) != 0 ||
+  if (panels < 1 || (panels > 1 && (kernel.ks == 1 || n != kernel.nr)))
+    throw std::invalid_argument("the microkernel computes no panels side by side, or whole ones only");
+  if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k * panels || b.shape(1) < n ||
+      out.shape(0) < m * tiles || out.shape(1) < n * panels || k % (kernel.ks * kernel.parts) != 0 ||
       (kernel.ks > 1 && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
     throw std::invalid_argument("shapes do not fit the microkernel");
   const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
@@ -98,6 +101,9 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.args.tiles = tiles;
   call.args.a_pitch = k * static_cast<int64_t>(sizeof(P));
   call.args.a_step = m * k * static_cast<int64_t>(sizeof(P));
+  call.args.panels = panels;
+  call.args.b_step = k * b.shape(1) * static_cast<int64_t>(sizeof(PB));
+  call.args.panel_in = call.args.panel_out = n;
   call.args.fetch_out = true;
   call.args.n = n;
   call.args.a = a.data();
@@ -136,45 +142,43 @@ class Entered {
   const Microkernel& kernel_;
 };
 
-// One call for a strip of tiles, or, of a kernel whose stores may wait, a call for each: the last one's wait for the
-// end.
+// One call for a strip of tiles, or, of a kernel whose stores may wait, one for each half of it: the first one's wait
+// for the second, the second one's for the end.
 template <class T>
 void call_strip(const Microkernel& kernel, Call<T>& call) {
   const Entered entered(kernel);
   if (!kernel.finish_pending) return call.fn(call.args);
   alignas(64) char pending[conv1x1::kMaxPending] = {};
-  conv1x1::Epilogue epilogues[2];
   const bool half = call.epilogue.store != conv1x1::Store::kAsIs;
   const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), m = call.args.m;
   const auto on = [](const void* from, int64_t bytes) {
     return from ? static_cast<const char*>(from) + bytes : nullptr;
   };
-  for (int64_t tile = 0; tile < call.args.tiles; ++tile) {
-    conv1x1::TileArgs args = call.args;
-    args.tiles = 1;
-    args.pending = pending;
-    std::vector<const void*> rows;
-    for (const void* row : call.rows) rows.push_back(on(row, tile * args.a_step));
-    args.a_rows = rows.data();
-    args.a = on(args.a, tile * args.a_step);
-    args.c_out = static_cast<char*>(args.c_out) + tile * m * args.ld_out * size;
-    if (args.epilogue) {
-      conv1x1::Epilogue& e = epilogues[tile & 1] = *args.epilogue;
-      e.bias_m = on(e.bias_m, tile * m * static_cast<int64_t>(sizeof(T)));
-      e.residual = on(e.residual, tile * m * e.ld_residual * size);
-      args.epilogue = &e;
-    }
+  conv1x1::TileArgs& args = call.args;
+  args.pending = pending;
+  const int64_t first = args.tiles / 2, second = args.tiles - first;
+  if (first > 0) {
+    args.tiles = first;
     call.fn(args);
   }
+  args.tiles = second;
+  conv1x1::Epilogue epilogue = call.epilogue;
+  epilogue.bias_m = on(epilogue.bias_m, first * m * static_cast<int64_t>(sizeof(T)));
+  epilogue.residual = on(epilogue.residual, first * m * epilogue.ld_residual * size);
+  if (args.epilogue) args.epilogue = &epilogue;
+  for (const void*& row : call.rows) row = on(row, first * args.a_step);
+  args.a = on(args.a, first * args.a_step);
+  args.c_out = static_cast<char*>(args.c_out) + first * m * args.ld_out * size;
+  call.fn(args);
   kernel.finish_pending(pending);
 }
 
 template <class T, class P, class PB>
 void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
-         int64_t tiles, const Splits& splits) {
+         int64_t tiles, int64_t panels, const Splits& splits) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles);
+  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles, panels);
   const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
@@ -297,7 +301,8 @@ void define_runs(py::module_& m) {
   m.def("run", &run<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
-        py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1, py::arg("splits") = Splits());
+        py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1, py::arg("panels") = 1,
+        py::arg("splits") = Splits());
   m.def("time", &time_tile<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(),
         py::arg("b").noconvert(), py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }

@@ -13,31 +13,24 @@
 #include <cstring>
 #include <limits>
 
+#include "columns.h"
 #include "fetch_ahead.h"
-#include "panels.h"
 
 namespace conv1x1 {
 
 template <class T>
-class Worker : private Panels<T> {
+class Worker : private Columns<T> {
  public:
   Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
-      : Panels<T>(problem, plan, shared, own) {
+      : Columns<T>(problem, plan, shared, own) {
     if (kernel_.finish_pending) std::memset(pending_, 0, kPendingState);
     accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
     tile_ = kernel_.mr * kernel_.nr;
-    out_storage_ = static_cast<int>(p_.out_dtype);
     carried_ = plan.k_step < plan.slice;
     partial_ = accumulators_ + plan.kept() * tile_;
     staged_ = partial_ + plan.partials_kept * tile_;
     residual_ = staged_ + tile_;
-    transcendental_ = !masks_from_output(p_.activation);
-    // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
-    whole_out_ = p_.out_dtype == kernel_.dtype;
-    half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
     streams_ = plan.streams && !transcendental_;
-    aux_alike_ = true;
-    for (int d = 0; d < p_.d.col.nd; ++d) aux_alike_ = aux_alike_ && p_.d.col.aux_stride[d] == p_.d.col.stride[d];
     if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
@@ -105,11 +98,13 @@ class Worker : private Panels<T> {
   }
 
  private:
-  using Base = Panels<T>;
+  using Base = Columns<T>;
   using Base::add_column_sums;
   using Base::element, Base::packed_a, Base::packed_b, Base::ld_packed_a, Base::pack_block_a, Base::pack_block_b;
   using Base::exact_, Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_,
-      Base::first_b_;
+      Base::first_b_, Base::columns_, Base::prepare_columns, Base::all_unit_, Base::whole_out_, Base::half_out_,
+      Base::transcendental_, Base::out_storage_;
+  using typename Base::Column;
 
   void* out_element(void* base, int64_t offset) const {
     return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
@@ -184,60 +179,6 @@ class Worker : private Panels<T> {
     fetch_a(next_is, begin, end - begin < plan_.k_step ? end - begin : plan_.k_step);
   }
 
-  // What every row of tiles asks of a column of tiles, worked out once a block.
-  struct Column {
-    Tiling::Tile tile;
-    const void* b;
-    int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
-    bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
-    bool split;
-    Split splits[kMaxNv];
-  };
-
-  // Columns in several runs of D: where each vector's lie from the first one on. False where one would need three runs.
-  bool split_columns(Column& c) const {
-    const int width = kernel_.vector;
-    const Axis& axis = p_.d.col;
-    if (!kernel_.splits || transcendental_ || axis.inner_stride() != 1) return false;
-    for (int64_t j = 0; j < c.tile.size; j += width) {
-      const int64_t left = c.tile.size - j < width ? c.tile.size - j : width;
-      const Run run = run_at(axis, c.tile.start + j, left);
-      Split& s = c.splits[j / width];
-      s = {width, run.offset - c.out, run.offset - c.out};
-      if (run.length == left) continue;
-      const Run rest = run_at(axis, c.tile.start + j + run.length, left - run.length);
-      if (run.length + rest.length < left) return false;
-      s.lanes = run.length;
-      s.then = rest.offset - c.out - run.length;
-    }
-    return true;
-  }
-
-  void prepare_columns(const Range& js, int64_t k0) {
-    const Matrix &b = p_.b, &d = p_.d;
-    all_unit_ = !p_.pool;
-    for (int64_t j = js.begin; j < js.end; ++j) {
-      Column& c = columns_[j - js.begin];
-      c.tile = plan_.n[j];
-      if (plan_.b == Operand::kDirect) {
-        c.ldb = b.row.inner_stride();
-        c.b = element(b.data, group_ * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
-      } else {
-        c.ldb = c.tile.padded_size;
-        c.b = packed_b(group_, j) + (plan_.b == Operand::kPackOnce ? plan_.steps(k0) * c.ldb : 0);
-      }
-      if (p_.pool) continue;
-      const Run run = run_at(d.col, c.tile.start, c.tile.size);
-      c.out = run.offset;
-      c.aux = run.aux_offset;
-      const bool stored = whole_out_ || half_out_, one_run = run.length == c.tile.size;
-      c.split = stored && !one_run && split_columns(c);
-      c.out_unit = c.split || (stored && one_run && run.stride == 1);
-      c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
-      all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
-    }
-  }
-
   // The A of a row of tiles from k0 on: args.a_rows or args.a, and lda.
   void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
     const bool direct = plan_.a == Operand::kDirect;
@@ -286,27 +227,30 @@ class Worker : private Panels<T> {
     int64_t rows = 0, each = 0;  // for each call
   };
 
-  NextRows next_rows(const Range& is, int64_t i, const Range& js, int64_t nk, const void* const* rows) const {
+  NextRows next_rows(const Range& is, int64_t i, int64_t strip, const Range& js, int64_t nk,
+                     const void* const* rows) const {
     NextRows next;
-    if (kernel_.ks == 1 || i + 1 >= is.end) return next;
-    const int64_t m = plan_.m[i].size, calls = js.end - js.begin;
-    next.rows = m;
-    next.each = (m + calls - 1) / calls;
+    if (kernel_.ks == 1 || i + strip >= is.end) return next;
+    const int64_t strips = is.end - i - strip < strip ? is.end - i - strip : strip;
+    const int64_t size_m = plan_.m[i].size, m = size_m * strip, calls = js.end - js.begin;
+    next.rows = size_m * strips;
+    next.each = (next.rows + calls - 1) / calls;
     if (plan_.a == Operand::kDirect && !p_.a_is_weight) {
       const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
-      next.a = {static_cast<const char*>(rows[0]) + m * pitch, m, pitch, nk * dtype_size(p_.dtype)};
+      next.a = {static_cast<const char*>(rows[0]) + m * pitch, next.rows, pitch, nk * dtype_size(p_.dtype)};
     }
     // Rows of D that are one stretch of memory.
     const Column &first = columns_[0], &last = columns_[calls - 1];
     const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
     if (!all_unit_ || !p_.d.row.linear() || p_.d.row.stride[0] != width || streams_) return next;
     const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + (plan_.m[i].start + m) * width + first.out);
-    next.c = {static_cast<const char*>(out), m, width * size, width * size};
+    next.c = {static_cast<const char*>(out), next.rows, width * size, width * size};
     return next;
   }
 
   static void fetch_share(const NextRows& next, int64_t call, TileArgs& args) {
-    const int64_t from = call * next.each, left = next.rows - from, count = left < next.each ? left : next.each;
+    const int64_t from = call * next.each, left = next.rows - from, each = next.each * args.panels;
+    const int64_t count = left < each ? left : each;
     const auto part = [&](const Fetch& all) {
       return all.rows == 0 || count <= 0 ? Fetch() : Fetch{all.first + from * all.pitch, count, all.pitch, all.width};
     };
@@ -317,16 +261,24 @@ class Worker : private Panels<T> {
   // TileArgs::repair, of a tile in parts.
   struct Repairer {
     Worker* worker;
-    ExactSums::Sums of;
+    ExactSums::Sums of;  // of the call's first tile
+    const Column* first;
+    int64_t a_step;
   };
-  static void repair_tile(void* repairer, float* sums, int64_t ld, bool finite) {
+  static void repair_tile(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite) {
     const Repairer& r = *static_cast<const Repairer*>(repairer);
-    r.worker->exact_.repair(sums, ld, finite, r.of);
+    ExactSums::Sums of = r.of;
+    const Column& c = r.first[panel];
+    of.tj = c.tile;
+    of.b = c.b;
+    of.ti.start += tile * of.ti.size;
+    of.a = static_cast<const char*>(of.a) + tile * r.a_step;
+    r.worker->exact_.repair(sums, ld, finite, of);
   }
 
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
     const void* rows[kMaxMr];
-    prepare_columns(js, k0);
+    prepare_columns(js, k0, last);
     int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
     for (int64_t i = is.begin, strip = 0; i < is.end; i += strip) {
       const Tiling::Tile ti = plan_.m[i];
@@ -341,9 +293,13 @@ class Worker : private Panels<T> {
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       strip = first && last && all_unit_ ? strip_from(i, is.end, args) : 1;
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
-      const NextRows next = next_rows(is, i, js, nk, rows);
-      for (int64_t j = 0; j < js.end - js.begin; ++j) {
+      const bool rows_of_tiles = kernel_.ks > 1 && !p_.pool && !transcendental_ &&
+                                 (!last || plan_.slices > 1 || row.length == ti.size * strip);
+      const NextRows next = next_rows(is, i, strip, js, nk, rows);
+      for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
         const Column& c = columns_[j];
+        args.panels = rows_of_tiles ? c.alike : 1;
+        args.b_step = c.b_step;
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
                           : partial_;
         const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
@@ -352,17 +308,19 @@ class Worker : private Panels<T> {
         args.n = c.tile.size;
         if (kernel_.parts > 1) {
           Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting
-          r = {this, {group_, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}};
+          r = {this, {group_, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}, &c, args.a_step};
           args.mirrored = p_.b_is_weight;
           args.repair = repair_tile;
           args.repairer = &r;
         }
         args.tiles = strip;
         ahead_.share(tiles_left, args);
-        tiles_left -= strip;
+        tiles_left -= strip * args.panels;
         if (next.rows > 0) fetch_share(next, j, args);
         args.c_in = first ? nullptr : sum;
         args.ld_in = kernel_.nr;
+        args.panel_in = tile_;
+        args.panel_out = last ? kernel_.nr : tile_;
         if (last) {
           finish(fn, args, ti, row, c);
         } else {
@@ -441,7 +399,7 @@ class Worker : private Panels<T> {
       if (fetches && c.split)
         for (int64_t j = 0; j < tj.padded_size / kernel_.vector; ++j) prefetch_split(out, ld, ti.size, c.splits[j]);
       else if (fetches)
-        prefetch_out(out, ld, ti.size, tj.size);
+        prefetch_out(out, ld, ti.size, tj.size * args.panels);
     }
     if (aux_in_place && ((whole_out_ && !c.split) || direct)) {
       e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
@@ -485,16 +443,14 @@ class Worker : private Panels<T> {
   Epilogue epilogue_, epilogues_[2];
   int turn_ = 0, repairer_ = 0;
   Repairer repairers_[2];
-  Column columns_[kMaxBlockN];
   alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
   T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
   FetchAhead ahead_;
   int64_t tile_;
-  int out_storage_;
   Store half_store_ = Store::kAsIs;
   double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
-  bool all_unit_ = false, aux_alike_, carried_, streams_, whole_out_, half_out_, transcendental_, sums_here_ = false;
+  bool carried_, streams_, sums_here_ = false;
 };
 
 }  // namespace conv1x1
