@@ -124,10 +124,12 @@ def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("c_in", "size"), [(80, 9), (1100, 7), (1100, 12), (2080, 7)])
-def test_bits_do_not_depend_on_the_layout(c_in, size, dtype):
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "size"), [(80, 72, 9), (1100, 72, 7), (1100, 72, 12), (2080, 72, 7), (150, 40, 9)]
+)
+def test_bits_do_not_depend_on_the_layout(c_in, c_out, size, dtype):
     x = torch.randn(3, c_in, size, size).to(dtype)
-    w = (torch.randn(72, c_in, 1, 1) / c_in**0.5).to(dtype)
+    w = (torch.randn(c_out, c_in, 1, 1) / c_in**0.5).to(dtype)
     assert torch.equal(conv1x1(x, w), conv1x1(x.to(memory_format=torch.channels_last), w))
 
 

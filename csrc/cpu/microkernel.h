@@ -213,7 +213,10 @@ struct KernelSet {
     const int64_t out = p.a_is_weight ? p.m : p.n, in = p.split_k ? p.m : p.k;
     const int64_t pixels = p.split_k ? p.k : (p.a_is_weight ? p.n_segment : p.m_segment);
     const bool pays = in >= kChannelsForParts && out >= kChannelsForParts && pixels >= kPixelsForParts;
-    return parts && pays ? *parts : for_dtype(p.dtype);
+    // float16 has to be converted in either case. (Of wgrad, the layout decides which side is which.)
+    const bool narrow = p.dtype == DType::kFloat16 && !p.split_k && in >= 2 * kChannelsForParts &&
+                        out >= kChannelsForParts / 2 && pixels >= 2 * kPixelsForParts;
+    return parts && (pays || narrow) ? *parts : for_dtype(p.dtype);
   }
 };
 
