@@ -6,7 +6,7 @@ import torch
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's panels")
 
-SHAPES = [(64, 96, 49), (33, 17, 50), (512, 130, 9), (7, 64, 200), (1, 1, 1), (130, 300, 784)]
+SHAPES = [(64, 96, 49), (33, 17, 50), (512, 130, 9), (7, 64, 200), (1, 1, 1), (130, 300, 784), (150, 40, 81)]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -42,7 +42,7 @@ def test_same_bits(table, dtype, channels_last, dgrad, c_in, c_out, pixels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_panels_do_not_depend_on_the_pixels(table, dtype):
-    """But that fewer than 32 may be another kernel's, with other panels."""
+    """But that fewer than 32 (float16 with few channels out: 64) may be another kernel's, with other panels."""
     sizes = set()
     for pixels in (32, 49, 3136):
         kind = getattr(torch, dtype)

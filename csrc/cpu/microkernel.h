@@ -114,7 +114,7 @@ struct TileArgs {
   RepairFn repair = nullptr;
   void* repairer = nullptr;
   bool mirrored = false;  // their products in the order that they have with A and B exchanged
-  Fetch next_a, next_c;   // KS > 1: of what the next row of tiles will read and be stored to, this call's share
+  Fetch next_a, next_c;   // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
   // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
   const char* fetch = nullptr;

@@ -219,7 +219,7 @@ class Worker : private Columns<T> {
     return count;
   }
 
-  // With AMX: what the next row of tiles will read of A and be stored to, in the order in which it lies in memory. Each
+  // With AMX: what the next rows of tiles will read of A and be stored to, in the order in which it lies in memory. Each
   // of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that are
   // packed, by look_ahead), because products take so few cycles that memory would hold them up.
   struct NextRows {
@@ -241,8 +241,9 @@ class Worker : private Columns<T> {
     }
     // Rows of D that are one stretch of memory.
     const Column &first = columns_[0], &last = columns_[calls - 1];
+    if (!all_unit_ || !p_.d.row.linear() || streams_) return next;
     const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
-    if (!all_unit_ || !p_.d.row.linear() || p_.d.row.stride[0] != width || streams_) return next;
+    if (p_.d.row.stride[0] != width) return next;
     const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + (plan_.m[i].start + m) * width + first.out);
     next.c = {static_cast<const char*>(out), next.rows, width * size, width * size};
     return next;
@@ -299,7 +300,7 @@ class Worker : private Columns<T> {
       for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
         const Column& c = columns_[j];
         args.panels = rows_of_tiles ? c.alike : 1;
-        args.b_step = c.b_step;
+        args.b_step = args.panels > 1 ? c.b_step : 0;
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
                           : partial_;
         const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
