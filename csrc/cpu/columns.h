@@ -80,8 +80,8 @@ class Columns : protected Panels<T> {
     if (kernel_.ks > 1 && !p_.pool && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1);
   }
 
-  // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side by
-  // side in D.
+  // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side
+  // by side in D.
   void join_columns(int64_t count, bool to_d) {
     const int64_t nr = kernel_.nr;
     const auto whole = [&](const Column& c) {

@@ -219,9 +219,9 @@ class Worker : private Columns<T> {
     return count;
   }
 
-  // With AMX: what the next rows of tiles will read of A and be stored to, in the order in which it lies in memory. Each
-  // of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that are
-  // packed, by look_ahead), because products take so few cycles that memory would hold them up.
+  // With AMX: what the next rows of tiles will read of A and be stored to, in the order in which it lies in memory.
+  // Each of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that
+  // are packed, by look_ahead), because products take so few cycles that memory would hold them up.
   struct NextRows {
     Fetch a, c;                  // of all its rows
     int64_t rows = 0, each = 0;  // for each call
