@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conv1x1_ext import Conv1x1, conv1x1
+from conv1x1_ext import Conv1x1, build_info, conv1x1, explain
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's kernels")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -131,6 +131,17 @@ def test_bits_do_not_depend_on_the_layout(c_in, c_out, size, dtype):
     x = torch.randn(3, c_in, size, size).to(dtype)
     w = (torch.randn(c_out, c_in, 1, 1) / c_in**0.5).to(dtype)
     assert torch.equal(conv1x1(x, w), conv1x1(x.to(memory_format=torch.channels_last), w))
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "size", "parts"),
+    [(64, 64, 6, True), (128, 32, 8, True), (127, 32, 8, False), (128, 31, 8, False), (128, 32, 7, False)],
+)
+def test_float16_is_in_parts_with_fewer_channels_out(layout, c_in, c_out, size, parts):
+    if build_info()["isa"] != "avx512_amx":
+        pytest.skip("this CPU, or CONV1X1_ISA, has no AMX, which alone multiplies parts")
+    kernel = explain(*make(layout, torch.float16, c_in=c_in, c_out=c_out, size=size))["kernel"]
+    assert kernel.startswith("float16_32x32_avx512_amx") == parts, kernel
 
 
 def test_gradients_keep_special_values_apart(layout):

@@ -82,10 +82,9 @@ using RepairFn = void (*)(void* repairer, int64_t tile, int64_t panel, float* su
 
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
-  // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from
-  // tile to tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. `piece` (KS
-  // = 1), whole chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read
-  // from L1.
+  // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
+  // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. KS = 1: `piece`, whole
+  // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
   int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
   // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
   // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
