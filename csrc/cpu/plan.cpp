@@ -36,7 +36,7 @@ constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, tha
 constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
-constexpr int64_t kGroupsACall = 32, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
+constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
 constexpr int64_t kCachedBytes = 16 << 20;
