@@ -23,6 +23,7 @@ Microkernel make_avx2_float64();
 Microkernel make_avx512_float32();
 Microkernel make_avx512_float32_wide();
 Microkernel make_avx512_float32_narrow();
+Microkernel make_avx512_float32_tall();
 Microkernel make_avx512_float32_float16_b();
 Microkernel make_avx512_float64();
 Microkernel make_avx512_float64_wide();
@@ -49,7 +50,8 @@ struct Table {
 #if defined(__x86_64__)
     add("avx2", {make_avx2_float32}, {make_avx2_float64});
     add("avx512",
-        {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow, make_avx512_float32_float16_b},
+        {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow, make_avx512_float32_tall,
+         make_avx512_float32_float16_b},
         {make_avx512_float64, make_avx512_float64_wide});
     add_bfloat16("avx512_bf16",
                  {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
@@ -63,7 +65,7 @@ struct Table {
 
   using Make = Microkernel (*)();
   struct Shapes {
-    Make usual, wide = nullptr, narrow = nullptr, float16_b = nullptr;
+    Make usual, wide = nullptr, narrow = nullptr, tall = nullptr, float16_b = nullptr;
   };
 
   const Microkernel* add(Make make) {
@@ -75,11 +77,13 @@ struct Table {
   const Microkernel* add(const Shapes& shapes) {
     const Microkernel* wide = shapes.wide ? add(shapes.wide) : nullptr;
     const Microkernel* narrow = shapes.narrow ? add(shapes.narrow) : nullptr;
+    const Microkernel* tall = shapes.tall ? add(shapes.tall) : nullptr;
     const Microkernel* float16_b = shapes.float16_b ? add(shapes.float16_b) : nullptr;
     Microkernel& usual = kernels[count];
     add(shapes.usual);
     usual.wide = wide;
     usual.narrow = narrow;
+    usual.tall = tall;
     usual.float16_b = float16_b;
     return &usual;
   }

@@ -182,8 +182,9 @@ struct Microkernel {
   bool pitched;  // rows of A by their first one and a_pitch
   bool splits;   // stores columns by TileArgs::splits
   // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
-  // rows, pitched, not for wgrad, whose panels' sums it does not know.
-  const Microkernel *wide, *narrow;
+  // rows; `tall`: two vectors and more rows. Those two are pitched, and not for wgrad, whose panels' sums they do not
+  // know.
+  const Microkernel *wide, *narrow, *tall;
   const Microkernel* float16_b;  // the same for a B in place in float16; null: none
   // Several parts: has a panel, of A or of B, a number below kSmallBelow that is not zero?
   bool (*has_small)(const void* panel, int64_t ld, int64_t steps);

@@ -39,7 +39,7 @@ constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
-constexpr int64_t kCachedBytes = 16 << 20;
+constexpr int64_t kCachedBytes = 16 << 20, kCachedInL2 = 3 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -109,10 +109,10 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   return best;
 }
 
-// The shape of a tile: where one vector holds all columns, the narrow one. Else the one that cuts D into fewer, each of
-// which costs its loads of C and its stores besides the multiply-adds. Where A's panels have lines of MR, the taller
-// one: lines of 6 are slow to pack. A weight that is B is packed for one shape whatever the activations are, so nothing
-// but n may decide then; panels of one vector are the same in every shape.
+// The shape of a tile: where one vector holds all columns, the narrow one; two, the tall one. Else the one that cuts D
+// into fewer, each of which costs its loads of C and its stores besides the multiply-adds. Where A's panels have lines
+// of MR, the taller one: lines of 6 are slow to pack. A weight that is B is packed for one shape whatever the
+// activations are, so nothing but n may decide then; a single panel of one or two vectors is the same in every shape.
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
   const bool wgrad_is_wide = kernel.kr == 1 && plan.a_access == AccessA::kRows && p.n >= kWideWgrad;
@@ -128,6 +128,9 @@ void choose_shape(const GemmProblem& p, Plan& plan) {
   const bool pitched = plan.a != Operand::kDirect || plan.a_access == AccessA::kCols || p.a.row.linear();
   if (kernel.narrow && plan.n.vectors == 1 && p.m >= kernel.narrow->mr && pitched)
     return take(*kernel.narrow, ", the narrow shape: one vector of columns");
+  if (kernel.tall && plan.n.vectors == 2 && plan.n.count() == 1 && p.m >= kernel.tall->mr && pitched &&
+      plan.a_access == AccessA::kRows)
+    return take(*kernel.tall, ", the tall shape: two vectors of columns");
   if (!kernel.wide) return;
   if (!p.b_is_weight && plan.a_access == AccessA::kCols) return;
   const auto tiles = [&](const Microkernel& k) {
@@ -271,11 +274,12 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
   }
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
-  // A pitched tile would fetch a line of A in every step, in which its loads take the ports' every turn: worth it from
+  choose_strip(plan, steps, element);
+  // A pitched tile fetches a line of A in every step. The narrow one's loads take the ports' every turn: worth it from
   // memory, not from L3.
   const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
-  plan.fetches_rows = !plan.kernel->pitched || touched > kCachedBytes;
-  choose_strip(plan, steps, element);
+  const bool from_l3 = plan.n.vectors > 1 && plan.partials_kept == 1 && touched > kCachedInL2;
+  plan.fetches_rows = !plan.kernel->pitched || from_l3 || touched > kCachedBytes;
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 

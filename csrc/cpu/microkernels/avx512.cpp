@@ -66,6 +66,9 @@ Microkernel make_avx512_float32_wide() {
 Microkernel make_avx512_float32_narrow() {
   return make_microkernel<Avx512Float32, 16, 1, true>("float32_16x16_avx512", "avx512", DType::kFloat32);
 }
+Microkernel make_avx512_float32_tall() {
+  return make_microkernel<Avx512Float32, 14, 2, true>("float32_14x32_avx512", "avx512", DType::kFloat32);
+}
 Microkernel make_avx512_float32_float16_b() {
   Microkernel kernel =
       make_tiles<Avx512Float16B, 8, 3>("float32xfloat16_8x48_avx512", "avx512", DType::kFloat32, DType::kFloat32);
