@@ -48,7 +48,8 @@ namespace conv1x1 {
 constexpr int64_t kChannelsForParts = 64, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
 constexpr uint32_t kDoubtfulBelow = 0x21800000;                  // the bits of 2^-60
 constexpr uint32_t kSmallBelow = 0x27800000;  // of 2^-48: products of larger numbers keep all their parts
-constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4;
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4,
+              kMaxStripRows = 256;
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -86,6 +87,7 @@ struct TileArgs {
   // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. KS = 1: `piece`, whole
   // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
   int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
+  int64_t own_rows = 0;  // kernels that are not `pitched`: m where a_rows has every tile's, one after the other; else 0
   // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
   // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
   int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;

@@ -10,6 +10,7 @@
 // Nothing here throws or allocates. T: the accumulators' type; an element of a panel is as wide (microkernel.h).
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -185,13 +186,8 @@ class Worker : private Columns<T> {
     const int64_t step = plan_.a == Operand::kPackOnce ? plan_.steps(k0) : 0;
     args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
     if (direct && plan_.a_access == AccessA::kRows) {
-      const Axis& axis = p_.a.row;
-      const int64_t from = group_ * p_.a.group_stride + k0;
-      const auto row = static_cast<const char*>(element(p_.a.data, from + run_at(axis, t.start, 1).offset));
-      args.a_pitch = axis.stride[0] * dtype_size(p_.dtype);
-      for (int64_t r = 0; r < t.size; ++r)
-        rows[r] =
-            axis.linear() ? row + r * args.a_pitch : element(p_.a.data, from + run_at(axis, t.start + r, 1).offset);
+      args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
+      place_rows(t.start, t.size, k0, rows);
     } else if (direct) {
       args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
@@ -204,14 +200,32 @@ class Worker : private Columns<T> {
     args.a_rows = rows;
   }
 
+  // Rows of A in place, from k0 on.
+  void place_rows(int64_t first, int64_t count, int64_t k0, const void** rows) const {
+    const int64_t from = group_ * p_.a.group_stride + k0, size = dtype_size(p_.dtype);
+    for (int64_t r = 0; r < count;) {
+      const Run run = run_at(p_.a.row, first + r, count - r);
+      const char* row = static_cast<const char*>(element(p_.a.data, from + run.offset));
+      for (int64_t end = r + run.length; r < end; ++r, row += run.stride * size) rows[r] = row;
+    }
+  }
+
   // How many tiles from row of tiles i on, before `end`, one call can compute: alike, in D one run of rows, in A a
-  // constant distance apart.
-  int64_t strip_from(int64_t i, int64_t end, TileArgs& args) const {
+  // constant distance apart or, where kernels take them so, with rows of their own.
+  int64_t strip_from(int64_t i, int64_t end, int64_t k0, const void** rows, TileArgs& args) const {
     const Tiling::Tile t = plan_.m[i];
-    const int64_t most = end - i < plan_.strip ? end - i : plan_.strip, count = plan_.m.alike(i, most);
+    const bool own_rows = plan_.a == Operand::kDirect && !p_.a.row.linear();
+    int64_t most = end - i < plan_.strip ? end - i : plan_.strip;
+    if (own_rows) {  // not in pieces of k: slower so
+      const bool one = kernel_.pitched || kernel_.ks > 1 || plan_.partials_kept > 1;
+      most = one ? 1 : std::min(most, kMaxStripRows / t.size);
+    }
+    const int64_t count = plan_.m.alike(i, most);
     if (count == 1 || run_at(p_.d.row, t.start, t.size * count).length < t.size * count) return 1;
-    if (plan_.a == Operand::kDirect) {
-      if (!p_.a.row.linear()) return 1;
+    if (own_rows) {
+      args.own_rows = t.size;
+      place_rows(t.start, t.size * count, k0, rows);
+    } else if (plan_.a == Operand::kDirect) {
       args.a_step = t.size * p_.a.row.stride[0] * dtype_size(p_.dtype);
     } else {
       args.a_step = (packed_a(group_, i + 1) - packed_a(group_, i)) * static_cast<int64_t>(sizeof(T));
@@ -278,7 +292,7 @@ class Worker : private Columns<T> {
   }
 
   void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
-    const void* rows[kMaxMr];
+    const void* rows[kMaxStripRows];
     prepare_columns(js, k0, last);
     int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
     for (int64_t i = is.begin, strip = 0; i < is.end; i += strip) {
@@ -292,7 +306,7 @@ class Worker : private Columns<T> {
       if (kernel_.finish_pending) args.pending = pending_;
       prepare_row(i, ti, k0, rows, args);
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
-      strip = first && last && all_unit_ ? strip_from(i, is.end, args) : 1;
+      strip = first && last && all_unit_ ? strip_from(i, is.end, k0, rows, args) : 1;
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
       const bool rows_of_tiles = kernel_.ks > 1 && !p_.pool && !transcendental_ &&
                                  (!last || plan_.slices > 1 || row.length == ti.size * strip);
