@@ -19,7 +19,7 @@ TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last; 
     ("scalar", "float64"): ["4x4"],
     ("avx2", "float32"): ["6x16"],
     ("avx2", "float64"): ["6x8"],
-    ("avx512", "float32"): ["6x64", "16x16", "8x48-float16", "8x48"],
+    ("avx512", "float32"): ["6x64", "16x16", "14x32", "8x48-float16", "8x48"],
     ("avx512", "float64"): ["6x32", "8x24"],
     ("avx512_bf16", "bfloat16"): ["6x64", "16x16", "8x48"],
     ("avx512_amx", "bfloat16"): ["32x32"],
@@ -342,8 +342,8 @@ def test_halves_in_two_runs(table, kernel, rng):
         splits, columns = split_columns(kernel, n, 1 + n // 3)
         residual = np.full_like(whole, 0x7FC0)  # a NaN in either type
         residual[:, columns] = whole[:, :n]
-        table.store_half(kernel["name"], a, b, expected, whole, n)
-        table.store_half(kernel["name"], a, b, out, residual, n, splits=splits)
+        table.store_half(kernel["name"], tile.rows, a, b, expected, n, whole)
+        table.store_half(kernel["name"], tile.rows, a, b, out, n, residual, splits=splits)
         assert (out[:2, columns] == expected[:2, :n]).all(), n
         out[:2, columns] = 0x1234
         assert (out == 0x1234).all(), "written between the runs"
@@ -359,7 +359,7 @@ def test_halves_are_stored_from_the_accumulators(table, kernel, rng):
         residual = rng.standard_normal((tile.m, n + 5)).astype(np.float32)
         residual[0, n - 1] = (math.nan, math.inf, -math.inf)[n % 3]
         out = np.full((tile.m + 2, n + 19), 0x1234, np.uint16)
-        table.store_half(kernel["name"], *tile.operands(), out, half_bits(residual, kernel), n)
+        table.store_half(kernel["name"], tile.rows, *tile.operands(), out, n, half_bits(residual, kernel))
         whole = tile.run(table, lower=-math.inf, upper=math.inf, with_epilogue=True)
         total = torch.from_numpy(whole + rounded(residual, kernel)[:, :n]).to(dtype)
         actual = torch.from_numpy(out[: tile.m, :n].view(np.int16).copy()).view(dtype)
@@ -376,13 +376,56 @@ def test_a_strip_of_halves_is_stored_from_the_accumulators(table, kernel, rng):
     residual = half_bits(random(rng, (count * m, n + 5), kernel), kernel)
     b = tiles[0].operands()[1]
     strip, single = (np.full((count * m + 2, n + 19), 0x1234, np.uint16) for _ in range(2))
-    table.store_half(
-        kernel["name"], np.concatenate([t.operands()[0] for t in tiles]), b, strip, residual, n, tiles=count
-    )
+    a = np.concatenate([t.operands()[0] for t in tiles])
+    table.store_half(kernel["name"], tiles[0].rows, a, b, strip, n, residual, tiles=count)
     for i, tile in enumerate(tiles):
         at = slice(i * m, (i + 1) * m)
-        table.store_half(kernel["name"], tile.operands()[0], b, single[at], residual[at], n)
+        table.store_half(kernel["name"], tile.rows, tile.operands()[0], b, single[at], n, residual[at])
     assert (strip == single).all()
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "cols"])
+@pytest.mark.parametrize("count,panels", [(1, 1), (2, 1), (1, 3), (5, 2)])
+def test_halves_without_a_residual(table, kernel, rng, rows, count, panels):
+    """The commonest tiles: sums, one bias or none, bounds, one rounding; k from a group of steps to B past L1."""
+    if kernel["kr"] != 2 or kernel["operand"] == "float32" or (panels > 1 and kernel["ks"] == 1):
+        pytest.skip("stores what it accumulates, or computes the columns of one panel")
+    n = kernel["nr"]
+    for m, k, bias, upper in itertools.product(
+        (kernel["mr"], kernel["mr"] - 1), (32, 96, 320, 640), (None, "bias_m", "bias_n"), (6.0, math.inf)
+    ):
+        strip = [Tile(rng, kernel, rows, m, n, k) for _ in range(count)]
+        columns = [Tile(rng, kernel, rows, m, n, k) for _ in range(panels)]
+        a = readable_behind(np.concatenate([tile.operands()[0] for tile in strip]), 16 * m * kernel["ks"])
+        b = np.concatenate([tile.operands()[1] for tile in columns])
+        given = {"lower": 0.0, "upper": upper, "tiles": count, "panels": panels}
+        if bias:
+            given[bias] = random(rng, (count * m if bias == "bias_m" else panels * n,), kernel)
+        sums = np.full((count * m, panels * n), CANARY, kernel["dtype"])
+        out = np.full((count * m + 1, panels * n + 19), 0x1234, np.uint16)
+        table.run(kernel["name"], rows, a, b, sums, n, with_epilogue=True, **given)
+        table.store_half(kernel["name"], rows, a, b, out, n, **given)
+        assert (out[: count * m, : panels * n] == half_bits(sums, kernel)).all(), (m, k, bias, upper)
+        out[: count * m, : panels * n] = 0x1234
+        assert (out == 0x1234).all(), "written outside the tiles"
+
+
+@pytest.mark.parametrize("k", [5, 150])
+def test_a_strip_takes_rows_from_anywhere(table, kernel, rng, k):
+    """Strided layers in NHWC: the bits of the strip whose rows lie one after the other."""
+    if kernel["pitched"] or kernel["ks"] > 1:
+        pytest.skip("the microkernel wants rows a constant distance apart")
+    count, n = 5, kernel["nr"] - 1
+    for m in sorted({1, kernel["mr"]}):
+        tiles = [Tile(rng, kernel, True, m, n, k) for _ in range(count)]
+        a, b = np.concatenate([tile.operands()[0] for tile in tiles]), tiles[0].operands()[1]
+        order = rng.permutation(count * m)
+        outs = [np.full((count * m, n), CANARY, kernel["dtype"]) for _ in range(2)]
+        table.run(kernel["name"], True, np.ascontiguousarray(a[order]), b, outs[0], n, tiles=count)
+        table.run(kernel["name"], True, a, b, outs[1], n, tiles=count, order=order.tolist())
+        assert (outs[0] == outs[1]).all(), m
+        with pytest.raises(ValueError, match="order"):
+            table.run(kernel["name"], True, a, b, outs[1], n, tiles=count, order=[count * m] * (count * m))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect as on Linux")

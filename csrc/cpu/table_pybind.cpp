@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdlib>
@@ -50,6 +51,7 @@ std::vector<py::dict> list() {
     d["nr"] = k.nr;
     d["vector"] = k.vector;
     d["splits"] = k.splits;
+    d["pitched"] = k.pitched;
     kernels.push_back(d);
   }
   return kernels;
@@ -71,11 +73,12 @@ using Array = py::array_t<T, py::array::c_style>;
 // and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
 // KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory; several parts are further steps of each KS,
 // and a is followed by what is read of rows past the last one. A strip of `tiles` tiles has so many times a's and out's
-// rows; it is computed in pieces of k as many chains long. `panels` of b, one below the other, have their columns of
+// rows; it is computed in pieces of k as many chains long. `order`: which row of `a` each of the strip's rows is, for
+// kernels that take rows from anywhere. `panels` of b, one below the other, have their columns of
 // out, c_in, residual and bias_n side by side.
 template <class T, class P, class PB>
 Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
-                int64_t tiles = 1, int64_t panels = 1) {
+                int64_t tiles = 1, int64_t panels = 1, const std::vector<int64_t>& order = {}) {
   const bool pairs = std::is_same<P, uint32_t>::value, float16_b = std::is_same<PB, uint16_t>::value;
   if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs ||
       (kernel.b_in_place == conv1x1::DType::kFloat16) != float16_b)
@@ -92,7 +95,12 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
   call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
   if (call.fn == nullptr) throw std::invalid_argument("the microkernel has no such access to A");
-  for (int64_t i = 0; rows && i < m; ++i) call.rows.push_back(a.data() + i * k);
+  if (!order.empty() &&
+      (!rows || kernel.pitched || kernel.ks > 1 || static_cast<int64_t>(order.size()) != m * tiles ||
+       *std::max_element(order.begin(), order.end()) >= m * tiles || *std::min_element(order.begin(), order.end()) < 0))
+    throw std::invalid_argument("the microkernel takes no rows in this order");
+  for (int64_t i = 0; rows && order.empty() && i < m; ++i) call.rows.push_back(a.data() + i * k);
+  for (const int64_t i : order) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
   call.args.chain = 64 / kernel.kr * kernel.parts;  // as the library plans it for most layers
   call.args.piece = call.args.chain * tiles;
@@ -100,7 +108,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.args.m = m;
   call.args.tiles = tiles;
   call.args.a_pitch = k * static_cast<int64_t>(sizeof(P));
-  call.args.a_step = m * k * static_cast<int64_t>(sizeof(P));
+  call.args.a_step = order.empty() ? m * k * static_cast<int64_t>(sizeof(P)) : 0;
+  call.args.own_rows = order.empty() ? 0 : m;
   call.args.panels = panels;
   call.args.b_step = k * b.shape(1) * static_cast<int64_t>(sizeof(PB));
   call.args.panel_in = call.args.panel_out = n;
@@ -173,27 +182,34 @@ void call_strip(const Microkernel& kernel, Call<T>& call) {
   kernel.finish_pending(pending);
 }
 
+template <class T>
+const T* pointer(const py::object& o) {
+  if (o.is_none()) return nullptr;
+  // A cast would make a temporary copy of anything else.
+  if (!Array<T>::check_(o)) throw std::invalid_argument("expected C-contiguous arrays of the operands' dtype");
+  return o.cast<Array<T>>().data();
+}
+
+template <class T>
+int64_t columns(const py::object& o) {
+  return o.is_none() ? 0 : o.cast<Array<T>>().shape(1);
+}
+
 template <class T, class P, class PB>
 void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, py::object c_in,
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
-         int64_t tiles, int64_t panels, const Splits& splits) {
+         int64_t tiles, int64_t panels, const Splits& splits, const std::vector<int64_t>& order) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles, panels);
+  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles, panels, order);
   const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
-  const auto pointer = [](const py::object& o) -> const T* {
-    if (o.is_none()) return nullptr;
-    // A cast would make a temporary copy of anything else.
-    if (!Array<T>::check_(o)) throw std::invalid_argument("expected C-contiguous arrays of the operands' dtype");
-    return o.cast<Array<T>>().data();
-  };
-  call.args.c_in = pointer(c_in);
-  call.args.ld_in = c_in.is_none() ? 0 : c_in.cast<Array<T>>().shape(1);
-  call.epilogue.bias_m = pointer(bias_m);
-  call.epilogue.bias_n = pointer(bias_n);
-  call.epilogue.residual = pointer(residual);
-  call.epilogue.ld_residual = residual.is_none() ? 0 : residual.cast<Array<T>>().shape(1);
+  call.args.c_in = pointer<T>(c_in);
+  call.args.ld_in = columns<T>(c_in);
+  call.epilogue.bias_m = pointer<T>(bias_m);
+  call.epilogue.bias_n = pointer<T>(bias_n);
+  call.epilogue.residual = pointer<T>(residual);
+  call.epilogue.ld_residual = columns<T>(residual);
   call.epilogue.lower = lower;
   call.epilogue.upper = upper;
   call.args.epilogue = with_epilogue ? &call.epilogue : nullptr;
@@ -228,22 +244,24 @@ void activate(const std::string& name, Array<T> tile, int activation) {
                       static_cast<conv1x1::Activation>(activation));
 }
 
-// As the library stores a tile in a half type, where the kernel does: out and residual are their bits. Rows of A, but
-// where the kernel has none.
-void store_half(const std::string& name, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
-                Array<uint16_t> residual, int64_t n, int64_t tiles, const Splits& splits) {
+// As the library stores a tile in a half type, where the kernel does: out and residual are their bits.
+void store_half(const std::string& name, bool rows, Array<uint32_t> a, Array<uint32_t> b, Array<uint16_t> out,
+                int64_t n, py::object residual, py::object bias_m, py::object bias_n, double lower, double upper,
+                int64_t tiles, int64_t panels, const Splits& splits) {
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
-  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, kernel.parts == 1, a, b, shape, n, tiles);
+  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, rows, a, b, shape, n, tiles, panels);
   const auto places = split(kernel, splits, call);
   call.args.a_rows = call.rows.data();
   call.args.partial = call.partial.data();
   call.args.c_out = out.mutable_data();
-  call.epilogue.residual = residual.data();
-  call.epilogue.ld_residual = residual.shape(1);
-  call.epilogue.lower = -std::numeric_limits<double>::infinity();
-  call.epilogue.upper = std::numeric_limits<double>::infinity();
+  call.epilogue.residual = pointer<uint16_t>(residual);
+  call.epilogue.ld_residual = columns<uint16_t>(residual);
+  call.epilogue.bias_m = pointer<float>(bias_m);
+  call.epilogue.bias_n = pointer<float>(bias_n);
+  call.epilogue.lower = lower;
+  call.epilogue.upper = upper;
   call.epilogue.store = kernel.parts == 2 ? conv1x1::Store::kFloat16 : conv1x1::Store::kBFloat16;
   call.args.epilogue = &call.epilogue;
   call_strip(kernel, call);
@@ -302,7 +320,7 @@ void define_runs(py::module_& m) {
         py::arg("out").noconvert(), py::arg("n"), py::arg("c_in") = py::none(), py::arg("bias_m") = py::none(),
         py::arg("bias_n") = py::none(), py::arg("residual") = py::none(), py::arg("lower") = 0.0,
         py::arg("upper") = 0.0, py::arg("with_epilogue") = false, py::arg("tiles") = 1, py::arg("panels") = 1,
-        py::arg("splits") = Splits());
+        py::arg("splits") = Splits(), py::arg("order") = std::vector<int64_t>());
   m.def("time", &time_tile<T, P, PB>, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(),
         py::arg("b").noconvert(), py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }
@@ -325,7 +343,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_packed<float>(m);
   define_packed<double>(m);
   define_packed<uint16_t>(m);
-  m.def("store_half", &store_half, py::arg("name"), py::arg("a").noconvert(), py::arg("b").noconvert(),
-        py::arg("out").noconvert(), py::arg("residual").noconvert(), py::arg("n"), py::arg("tiles") = 1,
-        py::arg("splits") = Splits());
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  m.def("store_half", &store_half, py::arg("name"), py::arg("rows"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("out").noconvert(), py::arg("n"), py::arg("residual") = py::none(), py::arg("bias_m") = py::none(),
+        py::arg("bias_n") = py::none(), py::arg("lower") = -inf, py::arg("upper") = inf, py::arg("tiles") = 1,
+        py::arg("panels") = 1, py::arg("splits") = Splits());
 }
