@@ -30,6 +30,7 @@ constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
+constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: of pixels, in a slice; in all
 constexpr int64_t kWideWgrad = 256;        // wgrad: columns from which a wide tile pays, where A's panels are rows
 constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
 constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
@@ -210,12 +211,31 @@ int64_t chain(const GemmProblem& p, const Plan& plan) {
   return p.k >= kLongK ? kLongChain : kChain;
 }
 
+// Channels last, a pixel's groups lie side by side: one group after the other, all pixels' lines would be read from
+// memory, and stored to, again and again. So groups take turns at as many pixels as stay in L2.
+bool channels_side_by_side(const GemmProblem& p) {
+  const Axis &channels = p.split_k ? p.a.row : p.a.col, &pixels = p.split_k ? p.a.col : p.a.row;
+  const bool x_or_dz =
+      !p.a_is_weight && channels.inner_stride() == 1 && pixels.inner_stride() > (p.split_k ? p.m : p.k);
+  return p.groups > 1 && x_or_dz && (!p.split_k || p.b.col.inner_stride() == 1);
+}
+
+// Of what a GEMM reads and writes, all groups.
+int64_t bytes_of_pixel(const GemmProblem& p) {
+  const int64_t size = dtype_size(p.dtype), a = (p.split_k ? p.m : p.k) * (p.a.aux ? 2 : 1) * size;
+  const int64_t other = p.n * (p.split_k ? (p.b.aux ? 2 : 1) * size : dtype_size(p.out_dtype));
+  return std::max<int64_t>(p.groups * (a + other), 1);
+}
+
 void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.kc = chain(p, plan);
   plan.slice = p.k;
   if (p.split_k) {
     const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
-    const int64_t slices = clamp(std::min(p.k / kMinSlice, kMaxPartials / mn), 1, kMaxSlices);
+    const int64_t shortest = p.k * bytes_of_pixel(p) > kTurnsFrom && channels_side_by_side(p)
+                                 ? std::min(kTurnBytes / bytes_of_pixel(p), kMinSlice)
+                                 : kMinSlice;
+    const int64_t slices = clamp(std::min(p.k / shortest, kMaxPartials / mn), 1, kMaxSlices);
     plan.slice = std::max(round_up(ceil_div(p.k, slices), plan.kc), plan.kc);
     plan.slices = std::max<int64_t>(ceil_div(p.k, plan.slice), 1);
   }
@@ -351,15 +371,29 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
 }
 
+void take_turns(const GemmProblem& p, Plan& plan) {
+  if (!channels_side_by_side(p) || p.pool) return;
+  if (p.split_k) {
+    plan.groups_take_turns = plan.slices > 1;
+    return;
+  }
+  if (plan.k_step < plan.slice) return;
+  const int64_t fit = l2_bytes() / (bytes_of_pixel(p) * plan.m.most(1) * plan.m.unit);  // tiles
+  if (fit >= ceil_div(plan.m.count(), plan.part_m)) return;
+  plan.groups_take_turns = true;
+  plan.block_m = clamp(fit / 2, 1, plan.block_m);
+}
+
 // A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
 // back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep. Of
 // small ones every thread packs its own: lines that another core has just written take longer to come than to pack.
 // Panels brought by the caller are copied where many rows are multiplied with them: what two cores read at once comes
 // to neither as fast.
-void pack_where_used(Plan& plan, int64_t k, int64_t element) {
-  const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != k;
+void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
+  if (plan.groups_take_turns && !p.split_k) return;  // B's groups would be packed again for each block
+  const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != p.k;
   if (pieces && !one_block) return;  // B would be packed again for each block
-  const int64_t panels = plan.n.padded() * plan.steps(k) * element;
+  const int64_t panels = plan.n.padded() * plan.steps(p.k) * element;
   if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
       (one_block || plan.block_n >= plan.n.count()) &&
       (!plan.prepacked || (plan.kernel->ks == 1 && plan.part_m > 1 &&
@@ -367,11 +401,11 @@ void pack_where_used(Plan& plan, int64_t k, int64_t element) {
     plan.b = Operand::kPackBlock;
   if (plan.prepacked) return;
   // (A's more seldom: where its rows conflict, packing is all strides.)
-  const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(k) * element;
+  const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(p.k) * element;
   if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
     plan.a = Operand::kPackBlock;
-    if (!pieces) plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(k) * element), 1, plan.block_m);
+    if (!pieces) plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(p.k) * element), 1, plan.block_m);
   }
 }
 
@@ -477,7 +511,8 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
   plan.n = evened(p, plan.n, plan.part_n);
-  pack_where_used(plan, p.k, element);
+  take_turns(p, plan);
+  pack_where_used(p, plan, element);
   fit_blocks_to_shares(p, plan);
   size_workspace(p, plan, element);
   return plan;

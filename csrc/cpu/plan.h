@@ -71,6 +71,7 @@ struct Plan {
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the weight's panels; B packed by block copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  bool groups_take_turns = false;    // at each block of m, wgrad's at each k-slice; else a group has all of them first
   bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
   int64_t piece = 0;                 // steps of k that such a call computes for all its tiles before the next ones

@@ -53,8 +53,17 @@ class Worker : private Columns<T> {
     const Range s = share(plan_.slices, plan_.part_k, part % plan_.part_k);
     const Range g = share(p_.groups, plan_.part_g, part / plan_.part_k);
     if (kernel_.enter) kernel_.enter();
-    for (group_ = g.begin; group_ < g.end; ++group_)
-      for (slice_ = s.begin; slice_ < s.end; ++slice_) rectangle(m, n);
+    end_m_ = m.end;
+    const bool turns = plan_.groups_take_turns;
+    const int64_t turn = turns && !p_.split_k ? plan_.block_m : std::max<int64_t>(m.end - m.begin, 1);
+    const Range outer = turns ? s : g, inner = turns ? g : s;
+    for (int64_t i = m.begin; i == m.begin || i < m.end; i += turn)
+      for (int64_t o = outer.begin; o < outer.end; ++o)
+        for (int64_t j = inner.begin; j < inner.end; ++j) {
+          group_ = turns ? j : o;
+          slice_ = turns ? o : j;
+          rectangle(next(i, turn, m.end), n);
+        }
     if (kernel_.leave) kernel_.leave();
   }
 
@@ -143,7 +152,7 @@ class Worker : private Columns<T> {
             first_b_ = js.begin;
             if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
             if (sums_here_ && p_.exchanged && ic == m.begin) add_column_sums(js, k0, nk);
-            look_ahead(is, next(ic + plan_.block_m, plan_.block_m, m.end), js, k0, nk, begin, end);
+            look_ahead(is, next(ic + plan_.block_m, plan_.block_m, end_m_), js, k0, nk, begin, end);
             block(is, js, k0, nk, k0 == begin, k0 + nk == end);
           }
           k0 += plan_.k_step;
@@ -461,6 +470,7 @@ class Worker : private Columns<T> {
   alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
   T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
+  int64_t end_m_ = 0;  // of all that this part computes
   FetchAhead ahead_;
   int64_t tile_;
   Store half_store_ = Store::kAsIs;
