@@ -34,6 +34,7 @@ LIBRARY_SOURCES = [
     "cpu/conv1x1_cpu.cpp",
     "cpu/avg_pool.cpp",
     "cpu/plan.cpp",
+    "cpu/roles.cpp",
     "cpu/explain.cpp",
     "cpu/driver.cpp",
     *KERNEL_SOURCES,
@@ -47,7 +48,14 @@ CUDA_SOURCES = [
     "cuda/gemm_simt.cu",
     *(f"cuda/gemm_mma_{dtype}.cu" for dtype in ("tf32", "float16", "bfloat16")),
 ]
-TABLE_SOURCES = ["cpu/table_pybind.cpp", "lower.cpp", "cpu/plan.cpp", "cpu/driver.cpp", *KERNEL_SOURCES]
+TABLE_SOURCES = [
+    "cpu/table_pybind.cpp",
+    "lower.cpp",
+    "cpu/plan.cpp",
+    "cpu/roles.cpp",
+    "cpu/driver.cpp",
+    *KERNEL_SOURCES,
+]
 
 # The stable ABI of torch 2.10: one library for 2.10 and later, and no Python symbol, so for any Python.
 TORCH_TARGET = "0x020a000000000000"

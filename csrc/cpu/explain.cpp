@@ -63,6 +63,8 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +
           (plan.kernel->ks > 1 && plan.kernel->parts == 1 ? " in one chain" : " by chains of " + number(plan.kc)) +
           ": B's block stays in an L2 of " + number(l2_bytes() >> 10) + " KiB";
+  if (plan.groups_take_turns)
+    text += p.split_k ? ", groups take turns at k-slices" : ", groups take turns at blocks of m";
   if (plan.strip > 1) text += "\nstrip=" + number(plan.strip) + " tiles of m in a call, where they can be one";
   if (plan.partials_kept > 1) text += ", for k " + number(plan.piece * plan.kernel->kr) + " at a time";
   text += "\nk_slices=" + number(plan.slices);
