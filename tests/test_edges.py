@@ -45,6 +45,28 @@ def test_empty_batch(layout, activation, dtype):
     assert dw.shape == w.shape and (dw == 0).all() and (dbias == 0).all()
 
 
+@pytest.mark.parametrize("spatial", [(1, 1), (3, 2), (1,)], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_empty_batch_of_groups(layout, spatial):
+    x = laid_out((0, 8, *spatial), torch.float32, layout).requires_grad_()
+    w = weight_of((4, 4, *(1 for _ in spatial)), torch.float32).requires_grad_()
+    y = conv1x1(x, w, groups=2, activation="relu")
+    assert y.shape == (0, 4, *spatial)
+    dx, dw = gradients(y, x, w)
+    assert dx.shape == x.shape and (dw == 0).all()
+    for direction in ("fprop", "dgrad", "wgrad"):
+        conv1x1_ext.explain(x, w, groups=2, direction=direction)
+
+
+@pytest.mark.cpu_only(reason="slices of the CPU's wgrad")
+def test_wgrad_of_a_pixel_of_over_a_megabyte():
+    c = 140_000
+    x = laid_out((1, c, 2, 3), torch.float32, "channels_last")
+    w = weight_of((c, 1, 1, 1), torch.float32).requires_grad_()
+    (dw,) = torch.autograd.grad(conv1x1(x, w, groups=c), w, torch.ones(1, c, 2, 3))
+    torch.testing.assert_close(dw.reshape(c), x.sum((0, 2, 3)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("shape", [(2, 3, 0, 5), (2, 3, 4, 0), (2, 3, 0, 0), (3, 0, 5), (0, 3, 0, 0)], ids=str)

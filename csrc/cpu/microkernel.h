@@ -87,7 +87,9 @@ struct TileArgs {
   // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. KS = 1: `piece`, whole
   // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
   int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
-  int64_t own_rows = 0;  // kernels that are not `pitched`: m where a_rows has every tile's, one after the other; else 0
+  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows, one after the other; else
+  // 0.
+  int64_t own_rows = 0;
   // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
   // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
   int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;

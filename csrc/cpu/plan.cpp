@@ -39,7 +39,8 @@ constexpr int64_t kMaxStrip = 16;
 constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
-constexpr int64_t kCachedBytes = 16 << 20, kCachedInL2 = 3 << 20;
+constexpr int64_t kCachedBytes = 16 << 20;
+constexpr int64_t kCachedInL2 = 3 << 20;  // that the threads' L2 hold
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -232,7 +233,7 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   if (p.split_k) {
     const int64_t mn = std::max<int64_t>(p.m * p.n * p.groups, 1);
     const int64_t shortest = p.k * bytes_of_pixel(p) > kTurnsFrom && channels_side_by_side(p)
-                                 ? std::min(kTurnBytes / bytes_of_pixel(p), kMinSlice)
+                                 ? clamp(kTurnBytes / bytes_of_pixel(p), plan.kc, kMinSlice)
                                  : kMinSlice;
     const int64_t slices = clamp(std::min(p.k / shortest, kMaxPartials / mn), 1, kMaxSlices);
     plan.slice = std::max(round_up(ceil_div(p.k, slices), plan.kc), plan.kc);
@@ -371,7 +372,7 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
 }
 
 void take_turns(const GemmProblem& p, Plan& plan) {
-  if (!channels_side_by_side(p) || p.pool) return;
+  if (plan.m.count() == 0 || p.pool || !channels_side_by_side(p)) return;
   if (p.split_k) {
     plan.groups_take_turns = plan.slices > 1;
     return;
