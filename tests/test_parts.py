@@ -48,7 +48,7 @@ def check(y, reference, x, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, "largest"])
 @pytest.mark.parametrize("where", ["x", "w", "both"])
-@pytest.mark.parametrize("c_in", [96, 1100])  # 1100: several chains, and several pieces of k
+@pytest.mark.parametrize("c_in", [96, 600, 1100])  # 600: several chains; 1100: several pieces of k as well
 def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, dtype, bad, where, c_in):
     x, w = make(layout, dtype, c_in=c_in)
     clean = conv1x1(x, w)
@@ -110,9 +110,10 @@ def test_zeros_stay_zero(layout):
     assert (y[1] == 0).all() and (y[:, 30] == 0).all() and (y[0, :30] != 0).all()
 
 
+@pytest.mark.parametrize("c_in", [88, 96])  # 88: a tail, which lies beside the next pixel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype):
-    x, w = make(layout, dtype, n=5)
+def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype, c_in):
+    x, w = make(layout, dtype, n=5, c_in=c_in)
     x[2, :, 6, 6] = 0
     x[2, 5, 6, 6] = 2.0**-140
     x[2, :, 5, 5] = 2.0**-48 * (1 - 2.0**-12)  # small, or, once rounded to bfloat16, just not
@@ -142,6 +143,35 @@ def test_float16_is_in_parts_with_fewer_channels_out(layout, c_in, c_out, size, 
         pytest.skip("this CPU, or CONV1X1_ISA, has no AMX, which alone multiplies parts")
     kernel = explain(*make(layout, torch.float16, c_in=c_in, c_out=c_out, size=size))["kernel"]
     assert kernel.startswith("float16_32x32_avx512_amx") == parts, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("c_in", "c_out"), [(64, 80), (88, 300), (600, 72)])
+def test_rows_packed_between_products(dtype, activation, stride, c_in, c_out):
+    """Forward and dx: tails of rows, of k and of columns, a mask, rows of the image that are left out."""
+    x, w = make(torch.channels_last, dtype, n=2, c_in=c_in, c_out=c_out, size=13)
+    x, w = (2 * x).requires_grad_(), w.requires_grad_()
+    if build_info()["isa"] == "avx512_amx":
+        for direction in ("fprop", "dgrad"):
+            plan = explain(x, w, stride=stride, activation=activation, direction=direction)
+            assert plan["A"].endswith("a row of tiles between the products of the one before"), plan
+    y = conv1x1(x, w, stride=stride, activation=activation)
+    dy = torch.randn(y.shape).to(dtype).to(memory_format=torch.channels_last)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    reference = F.conv2d(x.double(), w.double(), stride=stride)
+    dz = dy.double()
+    if activation:
+        dz = dz * (y > 0) * (y < 6 if activation == "relu6" else 1)
+        reference = reference.clamp(0, 6 if activation == "relu6" else math.inf)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(y.double(), reference, rtol=tolerance, atol=tolerance)
+    expected = torch.zeros_like(x, dtype=torch.float64)
+    expected[:, :, ::stride, ::stride] = torch.einsum("nohw,oi->nihw", dz, w.detach()[:, :, 0, 0].double())
+    torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=2 * tolerance)
+    one = conv1x1(x.detach()[:1].clone(memory_format=torch.channels_last), w, stride=stride, activation=activation)
+    assert torch.equal(one, y[:1])
 
 
 def test_gradients_keep_special_values_apart(layout):

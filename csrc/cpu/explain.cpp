@@ -57,6 +57,7 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
   if (p.exchanged) text += ": A is x and B dz, the larger one packed in the longer lines";
   text += std::string("\nA=") + name_of(plan.a) + ": " + reason_a(p, plan);
+  if (plan.packs_ahead) text += ", a row of tiles between the products of the one before";
   text += std::string("\nB=") + name_of(plan.b) + ": " + reason_b(p, plan);
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);

@@ -81,6 +81,17 @@ struct Fetch {
 
 using RepairFn = void (*)(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite);
 
+// Rows of a tile of A that are contiguous along k, packed some pieces at a time between products, which leave memory
+// and the vector units idle. A piece: a group of steps of one row.
+struct PackAhead {
+  const char *rows[kMaxMr], *aux[kMaxMr];
+  void* panel;
+  int64_t count, k, groups;      // rows, and what is packed of each
+  int64_t row, group, left = 0;  // the next piece, and how many are left
+  int64_t each = 0;              // so many after a product
+  void (*step)(PackAhead& ahead, int64_t pieces);
+};
+
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
@@ -117,7 +128,10 @@ struct TileArgs {
   RepairFn repair = nullptr;
   void* repairer = nullptr;
   bool mirrored = false;  // their products in the order that they have with A and B exchanged
-  Fetch next_a, next_c;   // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
+  // KS > 1: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
+  // overwrites; null: nothing.
+  PackAhead* pack = nullptr;
+  Fetch next_a, next_c;  // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
   // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
@@ -189,7 +203,9 @@ struct Microkernel {
   // rows; `tall`: two vectors and more rows. Those two are pitched, and not for wgrad, whose panels' sums they do not
   // know.
   const Microkernel *wide, *narrow, *tall;
-  const Microkernel* float16_b;  // the same for a B in place in float16; null: none
+  const Microkernel* float16_b;                             // the same for a B in place in float16; null: none
+  void (*pack_ahead[3])(PackAhead& ahead, int64_t pieces);  // PackAhead::step, by Mask; null: none
+  int products;                                             // of 2 x 2 tiles, for a group of steps
   // Several parts: has a panel, of A or of B, a number below kSmallBelow that is not zero?
   bool (*has_small)(const void* panel, int64_t ld, int64_t steps);
   // Before a thread's first tile and after its last one; null: nothing to do.

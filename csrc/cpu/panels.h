@@ -1,6 +1,7 @@
 // A thread's panels of A and B: where they lie, packing them, and their sums for the bias gradient. T as in worker.h.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "exact.h"
@@ -40,7 +41,7 @@ class Panels {
   T* packed_a(int64_t group, int64_t i) const {
     if (plan_.a == Operand::kPackOnce)
       return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + plan_.m[i].start) * plan_.steps(p_.k);
-    return block_a_ + (i - first_a_) * plan_.panel_a;
+    return block_a_ + (plan_.packs_ahead ? (i - first_a_) % 2 : i - first_a_) * plan_.panel_a;
   }
   T* packed_b(int64_t group, int64_t j) const {
     return plan_.b == Operand::kPackOnce ? packed_once_b(group, j) : block_b_ + (j - first_b_) * plan_.panel_b;
@@ -105,6 +106,39 @@ class Panels {
     return true;
   }
 
+  // Tile i of A, to be packed while so many tiles are computed; and what of it was not.
+  void pack_ahead(int64_t i, int64_t k0, int64_t nk, int64_t tiles) {
+    PackAhead& pack = next_a_;
+    const Tiling::Tile t = plan_.m[i];
+    const Run at = run_at(p_.a.col, k0, nk);
+    const int64_t size = dtype_size(p_.dtype);
+    const char *src = static_cast<const char*>(source(p_.a, group_)), *aux = nullptr;
+    if (p_.a.aux) aux = static_cast<const char*>(aux_source(p_.a, group_));
+    for (int64_t r = 0; r < t.size;) {
+      const Run run = run_at(p_.a.row, t.start + r, t.size - r);
+      const char* row = src + (at.offset + run.offset) * size;
+      const char* aux_row = aux ? aux + (at.aux_offset + run.aux_offset) * size : nullptr;
+      for (const int64_t end = r + run.length; r < end; ++r, row += run.stride * size) {
+        pack.rows[r] = row;
+        if (!aux) continue;
+        pack.aux[r] = aux_row;
+        aux_row += run.aux_stride * size;
+      }
+    }
+    pack.panel = packed_a(group_, i);
+    pack.count = t.size;
+    pack.k = nk;
+    pack.groups = plan_.steps(nk) / (kernel_.ks * kernel_.parts);
+    pack.row = pack.group = 0;
+    pack.left = pack.count * pack.groups;
+    const int64_t products = std::max<int64_t>(tiles * pack.groups * kernel_.products, 1);
+    pack.each = (pack.left + products - 1) / products;
+    pack.step = kernel_.pack_ahead[static_cast<int>(mask_of(p_.a))];
+  }
+  void finish_packing() {
+    if (next_a_.left > 0) next_a_.step(next_a_, next_a_.left);
+  }
+
   // With the sums of its rows, taken while a tile's panel is in L1.
   void pack_block_a(const Range& is, int64_t k0, int64_t nk, bool sums) {
     const bool packed =
@@ -155,6 +189,7 @@ class Panels {
   const Microkernel& kernel_;
   const Shared& shared_;
   T *block_a_, *block_b_;
+  PackAhead next_a_;                                           // the tile that is packed between products
   int64_t group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;  // first_: the tile that a packed block begins with
   int storage_;
 };

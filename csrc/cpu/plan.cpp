@@ -274,9 +274,19 @@ void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   plan.strip = plan.partials_kept = clamp(std::min(in_l1, in_l2), 1, kMaxStrip);
 }
 
+// Rows of A are packed while the row of tiles before is computed, where all of B is at hand meanwhile.
+bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
+  const Axis& k = p.a.col;
+  const bool lines = k.inner_stride() == 1 && k.linear() && (!p.a.aux || k.aux_stride[k.nd - 1] == 1);
+  const int64_t all_b = plan.n.padded() * plan.steps(plan.k_step) * element;
+  return plan.kernel->parts > 1 && plan.a == Operand::kPackBlock && lines && !p.split_k && !p.pool && p.groups == 1 &&
+         plan.k_step >= plan.slice && plan.n.count() <= kMaxBlockN && all_b <= l2_bytes() / 2;
+}
+
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
 // A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
+  plan.packs_ahead = can_pack_ahead(p, plan, element);
   const int64_t l2 = plan.b == Operand::kDirect ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
@@ -286,10 +296,11 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool in_parts = plan.kernel->parts > 1;
   const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
   const int64_t fit = clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
-  plan.block_n = ceil_div(tiles_n, ceil_div(tiles_n, fit));  // blocks of nearly equal size
+  plan.block_n = plan.packs_ahead ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
-  if (plan.a == Operand::kPackBlock) {  // a large one where all of B passes by it once more for each
+  // A large block of A where all of B passes by it once more for each.
+  if (plan.a == Operand::kPackBlock && !plan.packs_ahead) {
     const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
   }
@@ -326,8 +337,7 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const int parts = plan.kernel->parts, products = parts == 3 ? 6 : parts * parts;  // see amx_tile.inc
-  const double multiply = plan.kernel->ks > 1 ? products / 32.0 : 0.5;
+  const double multiply = plan.kernel->ks > 1 ? plan.kernel->products / 32.0 : 0.5;
   // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
   const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
   const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
@@ -435,7 +445,9 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   // A line apart from a round distance, at which panels written side by side would share cache sets.
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
-  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(plan.block_m * plan.panel_a * element);
+  const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
+  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
+  if (plan.packs_ahead) plan.block_a += behind_a(*plan.kernel);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   plan.accumulators =
       bytes((plan.kept() + plan.partials_kept + 2) * mr * nr * element);  // + a tile's residual, its unpacking

@@ -68,6 +68,7 @@ struct Plan {
   Tiling m, n;
   Operand a = Operand::kDirect, b = Operand::kDirect;
   AccessA a_access = AccessA::kRows;
+  bool packs_ahead = false;          // a row of tiles of A between the products of the one before
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the weight's panels; B packed by block copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block

@@ -114,6 +114,7 @@ class Worker : private Columns<T> {
   using Base::exact_, Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_,
       Base::first_b_, Base::columns_, Base::prepare_columns, Base::all_unit_, Base::whole_out_, Base::half_out_,
       Base::transcendental_, Base::out_storage_;
+  using Base::finish_packing, Base::next_a_, Base::pack_ahead;
   using typename Base::Column;
 
   void* out_element(void* base, int64_t offset) const {
@@ -146,7 +147,8 @@ class Worker : private Columns<T> {
         do {  // once for k = 0: the epilogue of an empty sum
           const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
           const bool sums_rows = sums_here_ && !p_.exchanged && jo == n.begin;
-          if (plan_.a == Operand::kPackBlock) pack_block_a(is, k0, nk, sums_rows);
+          if (plan_.a == Operand::kPackBlock)
+            pack_block_a(plan_.packs_ahead ? next(is.begin, 1, is.end) : is, k0, nk, sums_rows);
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
             first_b_ = js.begin;
@@ -177,7 +179,7 @@ class Worker : private Columns<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see next_rows
+    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock || plan_.packs_ahead)) return;  // see next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
@@ -320,6 +322,9 @@ class Worker : private Columns<T> {
       const bool rows_of_tiles = kernel_.ks > 1 && !p_.pool && !transcendental_ &&
                                  (!last || plan_.slices > 1 || row.length == ti.size * strip);
       const NextRows next = next_rows(is, i, strip, js, nk, rows);
+      const bool packs = plan_.packs_ahead && i + 1 < is.end;
+      if (packs) pack_ahead(i + 1, k0, nk, js.end - js.begin);
+      args.pack = packs ? &next_a_ : nullptr;
       for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
         const Column& c = columns_[j];
         args.panels = rows_of_tiles ? c.alike : 1;
@@ -353,6 +358,7 @@ class Worker : private Columns<T> {
           fn(args);
         }
       }
+      if (packs) finish_packing();
     }
     if (kernel_.finish_pending) kernel_.finish_pending(pending_);
   }

@@ -34,6 +34,7 @@ namespace {
 #include "activations.inc"
 #include "amx.inc"
 #include "parts.inc"
+#include "amx_fetch.inc"
 #include "amx_tile.inc"
 // clang-format on
 
@@ -62,6 +63,7 @@ Microkernel make_tiled(const char* name, int parts) {
   kernel.operand = kernel.b_in_place = DType::kBFloat16;
   kernel.kr = 2;
   kernel.parts = parts;
+  kernel.products = parts == 3 ? kProducts<3> : parts * parts;
   kernel.mr = kTiledMr;
   kernel.nr = kTiledNr;
   kernel.vector = kernel.ks = kernel.m_unit = kTile;
