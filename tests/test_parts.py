@@ -153,7 +153,7 @@ def test_rows_packed_between_products(dtype, activation, stride, c_in, c_out):
     """Forward and dx: tails of rows, of k and of columns, a mask, rows of the image that are left out."""
     x, w = make(torch.channels_last, dtype, n=2, c_in=c_in, c_out=c_out, size=13)
     x, w = (2 * x).requires_grad_(), w.requires_grad_()
-    if build_info()["isa"] == "avx512_amx":
+    if build_info()["isa"] == "avx512_amx" and c_in < 600:  # whose weight half of a small L2 does not hold
         for direction in ("fprop", "dgrad"):
             plan = explain(x, w, stride=stride, activation=activation, direction=direction)
             assert plan["A"].endswith("a row of tiles between the products of the one before"), plan

@@ -128,8 +128,8 @@ struct TileArgs {
   RepairFn repair = nullptr;
   void* repairer = nullptr;
   bool mirrored = false;  // their products in the order that they have with A and B exchanged
-  // KS > 1: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
-  // overwrites; null: nothing.
+  // Several parts, more than KS rows: packed after each product of 2 x 2 tiles, while no tile's sums may still be
+  // repaired from what it overwrites; null: nothing.
   PackAhead* pack = nullptr;
   Fetch next_a, next_c;  // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
