@@ -98,8 +98,7 @@ struct TileArgs {
   // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. KS = 1: `piece`, whole
   // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
   int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
-  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows, one after the other; else
-  // 0.
+  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows in turn; else 0.
   int64_t own_rows = 0;
   // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
   // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
@@ -128,8 +127,8 @@ struct TileArgs {
   RepairFn repair = nullptr;
   void* repairer = nullptr;
   bool mirrored = false;  // their products in the order that they have with A and B exchanged
-  // Several parts, more than KS rows: packed after each product of 2 x 2 tiles, while no tile's sums may still be
-  // repaired from what it overwrites; null: nothing.
+  // Several parts: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
+  // overwrites; null: nothing.
   PackAhead* pack = nullptr;
   Fetch next_a, next_c;  // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width

@@ -42,10 +42,6 @@ constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from
 constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kCachedInL2 = 3 << 20;  // that the threads' L2 hold
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
-
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
 constexpr int kL1 = _SC_LEVEL1_DCACHE_SIZE, kL2 = _SC_LEVEL2_CACHE_SIZE;
 #else
@@ -314,73 +310,6 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 
-// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
-// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
-Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
-  const int64_t count = n.count();
-  if (p.b_is_weight || p.pool || n.segments != 1 || count % parts == 0) return n;
-  Tiling finer = n;
-  finer.per_segment = round_up(count, parts);
-  const bool better =
-      finer.per_segment <= finer.vectors && finer.most(finer.per_segment / parts) < n.most(ceil_div(count, parts));
-  return better ? finer : n;
-}
-
-// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
-// two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
-void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
-  const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
-  const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));
-  plan.part_g = plan.part_k = plan.part_m = plan.part_n = plan.threads = 1;
-  if (threads == 1) return;
-  // Pooled pixels of one image stay with one thread: their sum has one order.
-  const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
-  const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
-  const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double multiply = plan.kernel->ks > 1 ? plan.kernel->products / 32.0 : 0.5;
-  // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
-  const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
-  const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
-    const double read = (weight && weight_is_near ? 0.1 : 0.5) * (aux ? 2 : 1);
-    return how == Operand::kDirect ? read : read + (transposes ? 1 : 0.5);
-  };
-  const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
-  const double cost_b = cost_of(plan.b, p.b_is_weight, p.b.col.inner_stride() != 1, p.b.aux);
-  // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
-  const auto bring = [&](Operand how, double cost, int64_t all, int64_t own, int others, int64_t times) {
-    if (how != Operand::kPackOnce) return static_cast<double>(own * times) * cost;
-    return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(all) * cost / threads;
-  };
-  double best = 1e300;
-  const int most_g = static_cast<int>(std::min<int64_t>(p.groups, threads));
-  for (int g = 1; g <= most_g; g = g == most_g ? most_g + 1 : most_g) {
-    const int most_k = static_cast<int>(std::min<int64_t>(plan.slices, threads / g));
-    for (int k = 1; k <= most_k; ++k) {
-      const int most_m = static_cast<int>(std::min<int64_t>(units_m, threads / (g * k)));
-      for (int m = 1; m <= most_m; ++m) {
-        const int n = static_cast<int>(std::min<int64_t>(units_n, threads / (g * k * m)));
-        const int64_t tm = ceil_div(units_m, m) * (images_m ? plan.m.per_segment : 1);
-        const Tiling cut = evened(p, plan.n, n);
-        const int64_t tn = images_n ? ceil_div(units_n, n) * plan.n.per_segment : ceil_div(cut.count(), n);
-        const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(cut.most(tn), 1);
-        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-                            (static_cast<double>(rows * vectors) * multiply +
-                             bring(plan.a, cost_a, p.m, rows, n,
-                                   ceil_div(tn, plan.a == Operand::kDirect ? plan.block_n : plan.reach_n)) +
-                             bring(plan.b, cost_b, p.n, vectors * plan.n.unit, m, ceil_div(tm, plan.block_m)));
-        if (cost < best * 0.999) {
-          best = cost;
-          plan.part_g = g;
-          plan.part_k = k;
-          plan.part_m = m;
-          plan.part_n = n;
-        }
-      }
-    }
-  }
-  plan.threads = plan.part_g * plan.part_k * plan.part_m * plan.part_n;
-}
-
 void take_turns(const GemmProblem& p, Plan& plan) {
   if (plan.m.count() == 0 || p.pool || !channels_side_by_side(p)) return;
   if (p.split_k) {
@@ -447,7 +376,6 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
-  if (plan.packs_ahead) plan.block_a += behind_a(*plan.kernel);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   plan.accumulators =
       bytes((plan.kept() + plan.partials_kept + 2) * mr * nr * element);  // + a tile's residual, its unpacking

@@ -2,6 +2,7 @@
 //
 //   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> threads and phases
 //   worker.h    a thread's loop nest                      microkernel.h   what runs inside a tile
+//   partition.cpp   what each thread computes             roles.cpp   which operand is A
 //   panels.h    a thread's packed operands                columns.h    a block's columns of tiles
 //   fetch_ahead.h   what the next block reads
 #pragma once

@@ -179,7 +179,7 @@ class Worker : private Columns<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock || plan_.packs_ahead)) return;  // see next_rows
+    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
