@@ -74,23 +74,50 @@ __attribute__((target("avx512f,avx512bf16"))) double avx512_bfloat16(long steps,
   return 4.0 * static_cast<double>(steps) * kChains * 16;
 }
 
-// Four accumulators of 16 x 16, two tiles of A and two of B, as in the microkernel; nothing is loaded.
+// Four accumulators of 16 x 16, two tiles of A and two of B, as in the microkernel; nothing is loaded in the loop. Not
+// of zeros: those the unit multiplies 1.26 times as fast as any numbers (measured on a Xeon 6-207-2), which no layer
+// has. B's tiles are each other's negatives and take turns, so that sums stay small.
 double amx_bfloat16(long steps, void* sink) {
   struct alignas(64) {
     unsigned char palette = 1, start_row = 0, reserved[14] = {};
     unsigned short bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } const configuration;
+  constexpr int kElements = 16 * 32;
+  alignas(64) unsigned short a[kElements], b[kElements], negative[kElements];
+  unsigned random = 1;
+  const auto number = [&] {  // bfloat16 between 0.5 and 2, of either sign
+    random = random * 1664525u + 1013904223u;
+    return static_cast<unsigned short>(0x3f00u + (random >> 24) + (random >> 8 & 0x8000u));
+  };
+  for (int i = 0; i < kElements; ++i) {
+    a[i] = number();
+    b[i] = number();
+    negative[i] = b[i] ^ 0x8000u;
+  }
   asm volatile("ldtilecfg %0" : : "m"(configuration));  // and zeros in all tiles
-  for (long s = 0; s < steps; ++s)
+  const long pitch = 64;
+  asm volatile(
+      "tileloadd (%0,%3,1), %%tmm4\n\t"
+      "tileloadd (%0,%3,1), %%tmm5\n\t"
+      "tileloadd (%1,%3,1), %%tmm6\n\t"
+      "tileloadd (%2,%3,1), %%tmm7"
+      :
+      : "r"(a), "r"(b), "r"(negative), "r"(pitch)
+      : "memory");
+  for (long s = 0; s < steps; s += 2)
     asm volatile(
         "tdpbf16ps %tmm6, %tmm4, %tmm0\n\t"
         "tdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
         "tdpbf16ps %tmm6, %tmm5, %tmm2\n\t"
-        "tdpbf16ps %tmm7, %tmm5, %tmm3");
+        "tdpbf16ps %tmm7, %tmm5, %tmm3\n\t"
+        "tdpbf16ps %tmm7, %tmm4, %tmm0\n\t"
+        "tdpbf16ps %tmm6, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm7, %tmm5, %tmm2\n\t"
+        "tdpbf16ps %tmm6, %tmm5, %tmm3");
   asm volatile("tilerelease");
   std::memset(sink, 0, 64);
-  return 2.0 * static_cast<double>(steps) * 4 * 16 * 16 * 32;
+  return 2.0 * static_cast<double>((steps + 1) / 2 * 2) * 4 * 16 * 16 * 32;
 }
 
 bool always() { return true; }

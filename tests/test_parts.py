@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conv1x1_ext import Conv1x1, build_info, conv1x1, explain
+from conv1x1_ext import Conv1x1, build_info, conv1x1, conv1x1_avg_pool, explain
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's kernels")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -65,6 +65,17 @@ def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, d
     if bad == torch.finfo(dtype).max:  # one of two such terms may overflow where their exact sum does not
         y = torch.where(by_x & by_w, reference.to(dtype), y)
     check(y, reference, x, w)
+
+
+@pytest.mark.parametrize("c_in", [96, 600, 1100])
+@pytest.mark.parametrize("c_out", [80, 300])  # 300: several calls of several tiles, and a tail
+def test_pooled_tiles_are_those_of_the_convolution(layout, c_out, c_in):
+    x, w = make(layout, c_in=c_in, c_out=c_out, size=13)
+    b = torch.randn(c_out)
+    x[1, 17, 3, 4], w[5, 40], w[c_out - 3] = INF, NAN, 1e-30
+    y = conv1x1(x, w, b, activation="relu").double().mean((2, 3))
+    assert y[:, 5].isnan().all() and y[1].isinf().any() and y[0].isfinite().sum() == c_out - 1
+    torch.testing.assert_close(conv1x1_avg_pool(x, w, b).double(), y, rtol=2e-7, atol=0, equal_nan=True)
 
 
 def test_zero_times_infinity_is_nan(layout):

@@ -187,12 +187,18 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
   if (!sums) return kOutOfMemory;
   const Status status = run_gemm(lower_avg_pool(p, sums), threads, kernels);
   const double pixels = static_cast<double>(p.pixels());
-  for (int64_t i = 0; i < count; ++i) {
-    const double mean = sums[i] / pixels;
-    const float rounded = static_cast<float>(mean);
-    const void* value = p.dtype == DType::kFloat64 ? static_cast<const void*>(&mean) : &rounded;
-    kernels.for_dtype(p.dtype).unpack[static_cast<int>(p.dtype)](at(p, out, i), line(1, 0), 0, 1, line(1, 1), 0, 1,
-                                                                 value, 1);
+  const UnpackFn unpack = kernels.for_dtype(p.dtype).unpack[static_cast<int>(p.dtype)];
+  constexpr int64_t kTogether = 64;
+  for (int64_t i = 0; i < count; i += kTogether) {
+    const int64_t n = std::min(kTogether, count - i);
+    double means[kTogether];
+    float rounded[kTogether];
+    for (int64_t j = 0; j < n; ++j) {
+      means[j] = sums[i + j] / pixels;
+      rounded[j] = static_cast<float>(means[j]);
+    }
+    const void* values = p.dtype == DType::kFloat64 ? static_cast<const void*>(means) : rounded;
+    unpack(at(p, out, i), line(1, 0), 0, 1, line(n, 1), 0, n, values, n);
   }
   return status;
 }

@@ -77,7 +77,7 @@ class Columns : protected Panels<T> {
       c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
       all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
     }
-    if (kernel_.ks > 1 && !p_.pool && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1);
+    if (kernel_.ks > 1 && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
   }
 
   // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side

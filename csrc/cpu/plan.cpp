@@ -36,6 +36,7 @@ constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, tha
 constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
 constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
+constexpr int64_t kPooledTiles = 4;                       // in parts, that one call computes before they are pooled
 constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
 constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
@@ -377,8 +378,9 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
+  if (p.pool && plan.kernel->parts > 1) plan.staged = clamp(plan.block_n, 1, kPooledTiles);
   plan.accumulators =
-      bytes((plan.kept() + plan.partials_kept + 2) * mr * nr * element);  // + a tile's residual, its unpacking
+      bytes((plan.kept() + plan.partials_kept + plan.staged + 1) * mr * nr * element);  // + a tile's residual
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * (p.exchanged ? p.n : p.m) * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))

@@ -78,6 +78,7 @@ struct Plan {
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
   int64_t piece = 0;                 // steps of k that such a call computes for all its tiles before the next ones
   int64_t partials_kept = 1;         // tiles whose sums wait meanwhile
+  int64_t staged = 1;                // tiles that are finished in the workspace before they go to D or are pooled
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
   int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
   int64_t k_step = 0;                // k packed at a time: all of a slice, or a multiple of kc (wgrad: of 64)

@@ -30,7 +30,7 @@ class Worker : private Columns<T> {
     carried_ = plan.k_step < plan.slice;
     partial_ = accumulators_ + plan.kept() * tile_;
     staged_ = partial_ + plan.partials_kept * tile_;
-    residual_ = staged_ + tile_;
+    residual_ = staged_ + plan.staged * tile_;
     streams_ = plan.streams && !transcendental_;
     if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
     constexpr double inf = std::numeric_limits<double>::infinity();
@@ -319,15 +319,16 @@ class Worker : private Columns<T> {
       const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
       strip = first && last && all_unit_ ? strip_from(i, is.end, k0, rows, args) : 1;
       const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
-      const bool rows_of_tiles = kernel_.ks > 1 && !p_.pool && !transcendental_ &&
-                                 (!last || plan_.slices > 1 || row.length == ti.size * strip);
+      const bool rows_of_tiles =
+          kernel_.ks > 1 && !transcendental_ && (!last || plan_.slices > 1 || p_.pool || row.length == ti.size * strip);
+      const int64_t most = p_.pool && last ? plan_.staged : kMaxBlockN;
       const NextRows next = next_rows(is, i, strip, js, nk, rows);
       const bool packs = plan_.packs_ahead && i + 1 < is.end;
       if (packs) pack_ahead(i + 1, k0, nk, js.end - js.begin);
       args.pack = packs ? &next_a_ : nullptr;
       for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
         const Column& c = columns_[j];
-        args.panels = rows_of_tiles ? c.alike : 1;
+        args.panels = rows_of_tiles ? std::min(c.alike, most) : 1;
         args.b_step = args.panels > 1 ? c.b_step : 0;
         T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
                           : partial_;
@@ -349,7 +350,7 @@ class Worker : private Columns<T> {
         args.c_in = first ? nullptr : sum;
         args.ld_in = kernel_.nr;
         args.panel_in = tile_;
-        args.panel_out = last ? kernel_.nr : tile_;
+        args.panel_out = last && !p_.pool ? kernel_.nr : tile_;
         if (last) {
           finish(fn, args, ti, row, c);
         } else {
@@ -446,7 +447,7 @@ class Worker : private Columns<T> {
       kernel_.finish_pending(pending_);
     if (transcendental_) kernel_.activate(out, ld, ti.size * args.tiles, tj.size, p_.activation);
     if (p_.pool)
-      pool(staged_, ti, tj);
+      for (int64_t i = 0; i < args.panels; ++i) pool(staged_ + i * tile_, ti, (&c)[i].tile);
     else if (!direct)
       kernel_.unpack[out_storage_](out_element(d.data, group_ * d.group_stride), d.row, ti.start, ti.size, d.col,
                                    tj.start, tj.size, out, ld);
