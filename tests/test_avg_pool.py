@@ -34,6 +34,7 @@ SMOOTH = (None, "silu", "gelu")
 CASES = [
     Case(2, 24, 18, (7, 9)),
     Case(1, 64, 96, (14, 14)),
+    Case(2, 72, 300, (9, 11)),  # with AMX several tiles a call, and a tail
     Case(3, 20, 12, (5, 6), 1, 4),
     Case(1, 130, 10, (8, 8), 1, 1, False),
     Case(2, 12, 7, (33,)),
@@ -205,6 +206,7 @@ def test_what_the_forward_keeps_gives_the_gradients_of_what_is_recomputed(layout
         (16, 16, 70, 2, (6, 6)),
         (2, 5, 9, 1, (41, 31)),
         (3, 64, 65, 1, (2, 3, 3)),
+        (2, 72, 300, 1, (9, 11)),
     ):
         c_in *= groups
         c_out *= groups
