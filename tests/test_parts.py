@@ -21,8 +21,14 @@ def layout(request):
     return request.param
 
 
+@pytest.fixture(params=[{}, {"c_out": 24, "size": 9}], ids=["tiles of the weight", "one tile"])
+def sizes(request):
+    """What make() takes: of a weight that is one tile, activations are read in place."""
+    return request.param
+
+
 def make(layout, dtype=torch.float32, n=3, c_in=96, c_out=80, size=7):
-    """Images and a weight of more than one tile, none of them whole."""
+    """Images and a weight of one tile or more, none of them whole."""
     x = torch.randn(n, c_in, size, size).to(dtype).to(memory_format=layout)
     return x, (torch.randn(c_out, c_in, 1, 1) / c_in**0.5).to(dtype)
 
@@ -49,8 +55,8 @@ def check(y, reference, x, w):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, "largest"])
 @pytest.mark.parametrize("where", ["x", "w", "both"])
 @pytest.mark.parametrize("c_in", [96, 600, 1100])  # 600: several chains; 1100: several pieces of k as well
-def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, dtype, bad, where, c_in):
-    x, w = make(layout, dtype, c_in=c_in)
+def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, sizes, dtype, bad, where, c_in):
+    x, w = make(layout, dtype, c_in=c_in, **sizes)
     clean = conv1x1(x, w)
     bad = torch.finfo(dtype).max if bad == "largest" else bad
     by_x, by_w = (torch.zeros_like(clean, dtype=torch.bool) for _ in range(2))
@@ -58,8 +64,8 @@ def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, d
         x[1, 17, 3, 4] = x[2, 95, 6, 6] = bad
         by_x[1, :, 3, 4] = by_x[2, :, 6, 6] = True
     if where in ("w", "both"):
-        w[5, 40] = w[79, 3] = bad
-        by_w[:, [5, 79]] = True
+        w[5, 40] = w[-1, 3] = bad
+        by_w[:, [5, -1]] = True
     y, reference = conv1x1(x, w), exact(x, w)
     assert torch.equal(y[~(by_x | by_w)], clean[~(by_x | by_w)])
     if bad == torch.finfo(dtype).max:  # one of two such terms may overflow where their exact sum does not
@@ -68,7 +74,7 @@ def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, d
 
 
 @pytest.mark.parametrize("c_in", [96, 600, 1100])
-@pytest.mark.parametrize("c_out", [80, 300])  # 300: several calls of several tiles, and a tail
+@pytest.mark.parametrize("c_out", [24, 80, 300])  # 24: one tile; 300: several calls of several tiles, and a tail
 def test_pooled_tiles_are_those_of_the_convolution(layout, c_out, c_in):
     x, w = make(layout, c_in=c_in, c_out=c_out, size=13)
     b = torch.randn(c_out)
@@ -78,33 +84,33 @@ def test_pooled_tiles_are_those_of_the_convolution(layout, c_out, c_in):
     torch.testing.assert_close(conv1x1_avg_pool(x, w, b).double(), y, rtol=2e-7, atol=0, equal_nan=True)
 
 
-def test_zero_times_infinity_is_nan(layout):
-    x, w = make(layout)
+def test_zero_times_infinity_is_nan(layout, sizes):
+    x, w = make(layout, **sizes)
     x[0, 3, 0, 0], w[7, 3] = INF, 0
     assert conv1x1(x, w)[0, 7, 0, 0].isnan()
 
 
-def test_sums_that_overflow_are_infinite(layout):
-    x, w = make(layout)
+def test_sums_that_overflow_are_infinite(layout, sizes):
+    x, w = make(layout, **sizes)
     x[1], w[:] = 1e38, 1
     w[3] = -1
     y = conv1x1(x, w)[1]
-    assert (y[3] == -INF).all() and (y[[0, 1, 2, 4, 79]] == INF).all()
+    assert (y[3] == -INF).all() and (y[[0, 1, 2, 4, -1]] == INF).all()
 
 
 @pytest.mark.parametrize(
     "scales", [(-140, 0), (-126, 0), (-100, -20), (-60, -60), (-40, -90), (-90, 25), (90, -60), (100, 20)]
 )
-def test_numbers_at_the_ends_of_the_range(layout, scales):
+def test_numbers_at_the_ends_of_the_range(layout, sizes, scales):
     """Products of parts that are too small for a tile, and operands too large for the first part times the weight."""
-    x, w = make(layout)
+    x, w = make(layout, **sizes)
     x, w = x * 2.0 ** scales[0], w * 2.0 ** scales[1]
     check(conv1x1(x, w), exact(x, w), x, w)
 
 
-def test_small_numbers_beside_ordinary_ones(layout):
+def test_small_numbers_beside_ordinary_ones(layout, sizes):
     """A pixel and an output channel whose numbers are small; a small number that alone meets no zero."""
-    x, w = make(layout, c_in=1100)
+    x, w = make(layout, c_in=1100, **sizes)
     x[0, :, 2, 2] *= 2.0**-110
     w[9] *= 2.0**-90
     x[1, :, 5, 5], w[11, 8] = 0, 1
@@ -114,17 +120,17 @@ def test_small_numbers_beside_ordinary_ones(layout):
     assert y[1, 11, 5, 5] == 2.0**-130
 
 
-def test_zeros_stay_zero(layout):
-    x, w = make(layout)
-    x[1], w[30] = 0, 0
+def test_zeros_stay_zero(layout, sizes):
+    x, w = make(layout, **sizes)
+    x[1], w[20] = 0, 0
     y = conv1x1(x, w)
-    assert (y[1] == 0).all() and (y[:, 30] == 0).all() and (y[0, :30] != 0).all()
+    assert (y[1] == 0).all() and (y[:, 20] == 0).all() and (y[0, :20] != 0).all()
 
 
 @pytest.mark.parametrize("c_in", [88, 96])  # 88: a tail, which lies beside the next pixel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype, c_in):
-    x, w = make(layout, dtype, n=5, c_in=c_in)
+def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, sizes, dtype, c_in):
+    x, w = make(layout, dtype, n=5, c_in=c_in, **sizes)
     x[2, :, 6, 6] = 0
     x[2, 5, 6, 6] = 2.0**-140
     x[2, :, 5, 5] = 2.0**-48 * (1 - 2.0**-12)  # small, or, once rounded to bfloat16, just not
@@ -137,7 +143,8 @@ def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, dtype, c_in):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("c_in", "c_out", "size"), [(80, 72, 9), (1100, 72, 7), (1100, 72, 12), (2080, 72, 7), (150, 40, 9)]
+    ("c_in", "c_out", "size"),
+    [(80, 72, 9), (1100, 72, 7), (1100, 72, 12), (2080, 72, 7), (150, 40, 9), (1100, 24, 9), (70, 17, 12)],
 )
 def test_bits_do_not_depend_on_the_layout(c_in, c_out, size, dtype):
     x = torch.randn(3, c_in, size, size).to(dtype)
@@ -145,15 +152,50 @@ def test_bits_do_not_depend_on_the_layout(c_in, c_out, size, dtype):
     assert torch.equal(conv1x1(x, w), conv1x1(x.to(memory_format=torch.channels_last), w))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("c_in", "c_out", "size", "parts"),
-    [(64, 64, 6, True), (128, 32, 8, True), (127, 32, 8, False), (128, 31, 8, False), (128, 32, 7, False)],
-)
-def test_float16_is_in_parts_with_fewer_channels_out(layout, c_in, c_out, size, parts):
+    [(64, 64, 6, True), (64, 16, 8, True), (64, 32, 8, True), (63, 32, 8, False), (64, 15, 8, False),
+     (64, 16, 7, False), (64, 40, 8, False), (128, 40, 8, "float16")],
+)  # fmt: skip
+def test_which_layers_are_multiplied_in_parts(layout, dtype, c_in, c_out, size, parts):
     if build_info()["isa"] != "avx512_amx":
         pytest.skip("this CPU, or CONV1X1_ISA, has no AMX, which alone multiplies parts")
-    kernel = explain(*make(layout, torch.float16, c_in=c_in, c_out=c_out, size=size))["kernel"]
-    assert kernel.startswith("float16_32x32_avx512_amx") == parts, kernel
+    parts = parts == "float16" and dtype == torch.float16 if isinstance(parts, str) else parts
+    kernel = explain(*make(layout, dtype, c_in=c_in, c_out=c_out, size=size))["kernel"]
+    assert kernel.endswith("_32x32_avx512_amx: for " + str(dtype)[6:] + " in avx512_amx") == parts, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+@pytest.mark.parametrize("c", [16, 17, 31, 32])
+@pytest.mark.parametrize(("k", "size", "cut"), [(64, 8, 0), (90, 9, 0), (300, 12, 0), (600, 13, 1), (65, 20, 3)])
+def test_activations_split_between_products(layout, dtype, activation, c, k, size, cut):
+    """Forward to c channels and dx of c channels: tails of k and of pixels, which span images; a cropped image, whose
+    pixels are no one run; a mask; a residual. A sample alone and a batch have the same bits."""
+
+    def batch(channels):
+        return torch.randn(3, channels, size, size + cut).to(dtype).to(memory_format=layout)[..., :size]
+
+    x, w, residual = batch(k), (torch.randn(c, k, 1, 1) / k**0.5).to(dtype), batch(c)
+    if build_info()["isa"] == "avx512_amx" and not cut:
+        assert "split between the products" in " ".join(explain(x, w).values())
+    y = conv1x1(x, w, activation=activation, residual=residual)
+    assert torch.equal(y[1:2], conv1x1(x[1:2], w, activation=activation, residual=residual[1:2]))
+    exact_y = exact(x, w) + residual.double()
+    exact_y = exact_y.clamp(0 if activation else -INF, 6 if activation == "relu6" else INF)
+    eps = torch.finfo(dtype).eps
+    assert ((y.double() - exact_y).abs() <= 2 * eps * (exact(x.abs(), w.abs()) + residual.abs() + eps)).all()
+
+    x, w, dy = batch(c).requires_grad_(), (torch.randn(k, c, 1, 1) / c**0.5).to(dtype), batch(k)
+    y = conv1x1(x, w, activation=activation)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    dz = dy.double() * ((y > 0) | (activation is None)) * ((y < 6) | (activation != "relu6"))
+    backward = w.double().transpose(0, 1)
+    bound = F.conv2d(dz.abs(), backward.abs()) + eps
+    assert ((dx.double() - F.conv2d(dz, backward)).abs() <= 2 * eps * bound).all()
+    (one,) = torch.autograd.grad(conv1x1(x[1:2], w, activation=activation), x, dy[1:2])
+    assert torch.equal(one[1:2], dx[1:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -60,7 +60,11 @@ class Columns : protected Panels<T> {
     for (int64_t j = js.begin; j < js.end; ++j) {
       Column& c = columns_[j - js.begin];
       c.tile = plan_.n[j];
-      if (plan_.b == Operand::kDirect) {
+      if (plan_.b == Operand::kDirect && kernel_.parts > 1) {
+        c.b = nullptr;
+        c.ldb = c.tile.padded_size;
+        feed_columns(c.tile, fed_[j - js.begin]);
+      } else if (plan_.b == Operand::kDirect) {
         c.ldb = b.row.inner_stride();
         c.b = element(b.data, group_ * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
       } else {
@@ -80,6 +84,21 @@ class Columns : protected Panels<T> {
     if (kernel_.ks > 1 && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
   }
 
+  // Where a tile's vectors lie in a row of B that is split between products.
+  void feed_columns(const Tiling::Tile& tile, FedVector* vectors) const {
+    const auto lanes = [](int64_t n) { return (uint32_t{1} << n) - 1; };
+    for (int64_t j = 0; j < tile.size; j += kernel_.vector, ++vectors) {
+      const int64_t left = tile.size - j < kernel_.vector ? tile.size - j : kernel_.vector;
+      const Run run = run_at(p_.b.col, tile.start + j, left);
+      *vectors = {run.offset, 0, run.aux_offset, 0, static_cast<uint16_t>(lanes(run.length)), 0};
+      if (run.length == left) continue;
+      const Run rest = run_at(p_.b.col, tile.start + j + run.length, left - run.length);
+      vectors->then = rest.offset - run.length;
+      vectors->aux_then = rest.aux_offset - run.length;
+      vectors->second = static_cast<uint16_t>(lanes(left) & ~lanes(run.length));
+    }
+  }
+
   // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side
   // by side in D.
   void join_columns(int64_t count, bool to_d) {
@@ -94,11 +113,12 @@ class Columns : protected Panels<T> {
       if (!whole(c) || !whole(next)) continue;
       c.b_step = static_cast<const char*>(next.b) - static_cast<const char*>(c.b);
       const bool side_by_side = !to_d || (next.out == c.out + nr && (!p_.d.aux || next.aux == c.aux + nr));
-      if (side_by_side && (next.alike == 1 || next.b_step == c.b_step)) c.alike = next.alike + 1;
+      if (side_by_side && (next.alike == 1 || next.b_step == c.b_step || !c.b)) c.alike = next.alike + 1;
     }
   }
 
   Column columns_[kMaxBlockN];
+  FedVector fed_[kMaxBlockN][2];
   int out_storage_;
   bool all_unit_ = false;  // every column has out_unit, and aux_unit where there is a residual
   bool whole_out_, half_out_, transcendental_;

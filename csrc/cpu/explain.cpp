@@ -17,8 +17,13 @@ std::string parts_of(const Plan& plan) {
   return "as the sum of " + number(plan.kernel->parts) + " " + dtype_name(plan.kernel->operand) + ", exactly";
 }
 
+std::string fed(const Plan& plan) {
+  return plan.kernel->parts > 1 ? "; " + parts_of(plan) + ", split between the products" : "";
+}
+
 std::string reason_a(const GemmProblem& p, const Plan& plan) {
-  if (plan.a == Operand::kDirect) return plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous";
+  if (plan.a == Operand::kDirect)
+    return (plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous") + fed(plan);
   if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
   if (plan.kernel->parts > 1) return parts_of(plan);
   if (p.dtype != plan.kernel->operand) return "converted to float32";
@@ -30,6 +35,7 @@ std::string reason_a(const GemmProblem& p, const Plan& plan) {
 }
 
 std::string reason_b(const GemmProblem& p, const Plan& plan) {
+  if (plan.b == Operand::kDirect && plan.kernel->parts > 1) return "n is contiguous" + fed(plan);
   if (plan.b == Operand::kDirect && p.dtype != plan.kernel->operand)
     return "n is contiguous; converted to float32 as it is loaded";
   if (plan.b == Operand::kDirect) return "n is contiguous";

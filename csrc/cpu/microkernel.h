@@ -46,6 +46,7 @@
 namespace conv1x1 {
 
 constexpr int64_t kChannelsForParts = 64, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
+constexpr int64_t kLeastOfTile = 16, kTileOfWeights = 32;        // channels out that are one tile of a weight
 constexpr uint32_t kDoubtfulBelow = 0x21800000;                  // the bits of 2^-60
 constexpr uint32_t kSmallBelow = 0x27800000;  // of 2^-48: products of larger numbers keep all their parts
 constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4,
@@ -92,6 +93,34 @@ struct PackAhead {
   void (*step)(PackAhead& ahead, int64_t pieces);
 };
 
+// Where a vector's columns lie in a row of B: lane l of `first` at `at` + l; where they lie in two runs, the lanes of
+// `second` likewise from `then` on.
+struct FedVector {
+  int64_t at, then, aux_at, aux_then;
+  uint16_t first, second;
+};
+
+// A group of steps of one tile, split piece by piece: a row of A, or a step of a vector of B.
+struct FedGroup {
+  const char *src, *aux;  // of the tile's first row, or all columns' first k, from this group on
+  int64_t k;              // what is left from there
+  const FedVector* vectors;
+  char* to;
+  int64_t next, count;  // pieces
+};
+
+// Several parts: an operand that a call reads in place, because the other one's tiles are one row or one column and a
+// panel would be read but once. A group is split into L1 while the one before is multiplied.
+struct Feed {
+  const char *src, *aux;
+  int64_t pitch, aux_pitch;  // bytes from row to row of A, from k to k of B
+  int64_t group, aux_group;  // ... from group to group of k
+  int64_t step, aux_step;    // ... from tile to tile of A
+  int64_t k;
+  const FedVector* vectors;  // B: two of each panel
+  void (*split)(const Feed& feed, FedGroup& group, int64_t pieces);
+};
+
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
@@ -130,7 +159,8 @@ struct TileArgs {
   // Several parts: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
   // overwrites; null: nothing.
   PackAhead* pack = nullptr;
-  Fetch next_a, next_c;  // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
+  const Feed* feed = nullptr;  // several parts: of A where its access is kRows, else of B, where there is one
+  Fetch next_a, next_c;        // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
   // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
   // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
   const char* fetch = nullptr;
@@ -204,7 +234,9 @@ struct Microkernel {
   const Microkernel *wide, *narrow, *tall;
   const Microkernel* float16_b;                             // the same for a B in place in float16; null: none
   void (*pack_ahead[3])(PackAhead& ahead, int64_t pieces);  // PackAhead::step, by Mask; null: none
-  int products;                                             // of 2 x 2 tiles, for a group of steps
+  // Feed::split, of [A, B] by Mask, from the dtype that is packed; null: none.
+  void (*feed[2][3])(const Feed& feed, FedGroup& group, int64_t pieces);
+  int products;  // of 2 x 2 tiles, for a group of steps
   // Several parts: has a panel, of A or of B, a number below kSmallBelow that is not zero?
   bool (*has_small)(const void* panel, int64_t ld, int64_t steps);
   // Before a thread's first tile and after its last one; null: nothing to do.
@@ -232,9 +264,13 @@ struct KernelSet {
     const int64_t out = p.a_is_weight ? p.m : p.n, in = p.split_k ? p.m : p.k;
     const int64_t pixels = p.split_k ? p.k : (p.a_is_weight ? p.n_segment : p.m_segment);
     const bool pays = in >= kChannelsForParts && out >= kChannelsForParts && pixels >= kPixelsForParts;
-    // float16 has to be converted in either case. (Of wgrad, the layout decides which side is which.)
-    const bool narrow = p.dtype == DType::kFloat16 && !p.split_k && in >= 2 * kChannelsForParts &&
-                        out >= kChannelsForParts / 2 && pixels >= 2 * kPixelsForParts;
+    // One tile of a weight reads activations in place. float16 has to be converted in either case. (Of wgrad, the
+    // layout decides which side is which.)
+    const bool half = p.dtype == DType::kFloat16 && in >= 2 * kChannelsForParts && out >= kChannelsForParts / 2 &&
+                      pixels >= 2 * kPixelsForParts;
+    const bool fed =
+        in >= kChannelsForParts && out >= kLeastOfTile && out <= kTileOfWeights && pixels >= 2 * kPixelsForParts;
+    const bool narrow = !p.split_k && (half || fed);
     return parts && (pays || narrow) ? *parts : for_dtype(p.dtype);
   }
 };

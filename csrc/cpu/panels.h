@@ -139,6 +139,44 @@ class Panels {
     if (next_a_.left > 0) next_a_.step(next_a_, next_a_.left);
   }
 
+  // TileArgs::feed of a row of tiles: of A, a strip of tiles `step` bytes apart, or of B, but for the columns.
+  const Feed* feed(const Tiling::Tile& ti, int64_t step, int64_t k0, int64_t nk) {
+    const bool of_a = plan_.a == Operand::kDirect;
+    if (kernel_.parts == 1 || (!of_a && plan_.b != Operand::kDirect)) return nullptr;
+    const Matrix& matrix = of_a ? p_.a : p_.b;
+    const Axis &k = of_a ? p_.a.col : p_.b.row, &line = of_a ? p_.a.row : k;
+    const int64_t size = dtype_size(p_.dtype), group = kernel_.kr * kernel_.ks * size;
+    const int64_t first = of_a ? ti.start : 0;
+    const auto at = [&](const void* from, int64_t row, int64_t k_stride) {
+      return from ? static_cast<const char*>(from) + (first * row + k0 * k_stride) * size : nullptr;
+    };
+    feed_.src = at(source(matrix, group_), line.stride[0], k.stride[0]);
+    feed_.aux = at(aux_source(matrix, group_), line.aux_stride[0], k.aux_stride[0]);
+    feed_.pitch = line.stride[0] * size;
+    feed_.aux_pitch = line.aux_stride[0] * size;
+    feed_.group = k.stride[0] * group;
+    feed_.aux_group = k.aux_stride[0] * group;
+    feed_.step = step;
+    feed_.aux_step = ti.size * feed_.aux_pitch;
+    feed_.k = nk;
+    feed_.split = kernel_.feed[of_a ? 0 : 1][static_cast<int>(mask_of(matrix))];
+    return &feed_;
+  }
+
+  // The panels of tiles that were read in place, for exact_.
+  void pack_fed(ExactSums::Sums& of) {
+    const bool of_a = plan_.a == Operand::kDirect;
+    if (!of_a && plan_.b != Operand::kDirect) return;
+    const Matrix& matrix = of_a ? p_.a : p_.b;
+    const PackFn fn = of_a ? kernel_.pack_a[static_cast<int>(AccessA::kCols)][storage_] : kernel_.pack_b[storage_];
+    T* const panel = of_a ? block_a_ : block_b_;
+    const Tiling::Tile& t = of_a ? of.ti : of.tj;
+    (of_a ? of.a : of.b) = panel;
+    const int64_t ld = (of_a ? of.lda : of.ldb) = of_a ? t.size : t.padded_size;
+    fn(panel, ld, source(matrix, group_), aux_source(matrix, group_), of_a ? matrix.row : matrix.col, t.start, t.size,
+       of_a ? matrix.col : matrix.row, of.k0, of.nk, mask_of(matrix));
+  }
+
   // With the sums of its rows, taken while a tile's panel is in L1.
   void pack_block_a(const Range& is, int64_t k0, int64_t nk, bool sums) {
     const bool packed =
@@ -189,6 +227,7 @@ class Panels {
   const Microkernel& kernel_;
   const Shared& shared_;
   T *block_a_, *block_b_;
+  Feed feed_;                                                  // what is read in place
   PackAhead next_a_;                                           // the tile that is packed between products
   int64_t group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;  // first_: the tile that a packed block begins with
   int storage_;

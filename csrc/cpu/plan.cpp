@@ -138,6 +138,29 @@ void choose_shape(const GemmProblem& p, Plan& plan) {
   take(*kernel.wide, ", the wide shape: fewer tiles");
 }
 
+// Channels of a weight, of one group, that a kernel in parts may have in one tile.
+bool one_tile_of_weights(const GemmProblem& p, const Microkernel& kernel) {
+  return kernel.parts > 1 && !p.split_k && (p.a_is_weight ? p.m : p.n) <= kTileOfWeights;
+}
+
+// Activations in parts that are read in place, split between the products: where a panel would be read but once.
+void choose_feed(const GemmProblem& p, Plan& plan) {
+  if (!one_tile_of_weights(p, *plan.kernel)) return;
+  if (p.b_is_weight) {
+    const Axis &row = p.a.row, &k = p.a.col;
+    if (plan.n.count() != 1 || !row.linear() || !k.linear() || k.inner_stride() != 1) return;
+    if (p.a.aux && k.aux_stride[0] != 1) return;
+    plan.a = Operand::kDirect;
+    plan.a_access = AccessA::kRows;
+  } else if (p.a_is_weight) {
+    const Axis &col = p.b.col, &k = p.b.row;
+    const bool in_two_runs = col.linear() || col.inner_size() >= plan.kernel->vector;  // a vector's columns
+    if (plan.m.count() != 1 || !k.linear() || col.inner_stride() != 1 || !in_two_runs) return;
+    if (p.b.aux && col.aux_stride[col.nd - 1] != 1) return;
+    plan.b = Operand::kDirect;
+  }
+}
+
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
   const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
@@ -172,6 +195,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
     if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel))
       plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
     plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
+    choose_feed(p, plan);
   }
   choose_shape(p, plan);
 }
@@ -241,8 +265,10 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image, in either layout: bits
   const int64_t long_parts = pixels <= kFewPixels ? kLongPartsFew : kLongParts;
-  const int64_t longest =
-      p.split_k ? wgrad_k_step(p, plan) : (plan.kernel->parts > 1 ? long_parts / plan.kernel->parts : long_panels);
+  // (Where activations may be read in place, nothing but channels decides, or a batch's strides would show in bits.)
+  const int64_t longest = one_tile_of_weights(p, *plan.kernel) ? plan.slice
+                          : p.split_k ? wgrad_k_step(p, plan)
+                                      : (plan.kernel->parts > 1 ? long_parts / plan.kernel->parts : long_panels);
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
@@ -262,6 +288,7 @@ void choose_strip(Plan& plan, int64_t steps, int64_t element) {
     const int64_t row = std::max<int64_t>(steps / plan.kernel->ks * plan.block_n, 1);
     const bool whole = plan.k_step >= plan.slice && plan.slices == 1;
     if (whole && plan.kernel->parts == 1) plan.strip = clamp(kGroupsACall / row, 1, kMaxTiledStrip);
+    if (whole && plan.kernel->parts > 1 && plan.a == Operand::kDirect) plan.strip = kMaxTiledStrip;
     return;
   }
   plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
@@ -292,7 +319,9 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   // which L1 holds neither, for the whole block of A.
   const bool in_parts = plan.kernel->parts > 1;
   const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
-  const int64_t fit = clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
+  const bool feeds_b = in_parts && plan.b == Operand::kDirect;  // of which there are no panels
+  const int64_t fit =
+      feeds_b ? kMaxBlockN : clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
   plan.block_n = plan.packs_ahead ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
@@ -376,8 +405,12 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
+  // What is read in place has a panel for tiles that are repaired.
+  const bool in_parts = plan.kernel->parts > 1;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
+  if (plan.a == Operand::kDirect && in_parts) plan.block_a = bytes(plan.panel_a * element);
+  if (plan.b == Operand::kDirect && in_parts) plan.block_b = bytes(plan.panel_b * element);
   if (p.pool && plan.kernel->parts > 1) plan.staged = clamp(plan.block_n, 1, kPooledTiles);
   plan.accumulators =
       bytes((plan.kept() + plan.partials_kept + plan.staged + 1) * mr * nr * element);  // + a tile's residual

@@ -114,6 +114,7 @@ class Worker : private Columns<T> {
   using Base::exact_, Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_,
       Base::first_b_, Base::columns_, Base::prepare_columns, Base::all_unit_, Base::whole_out_, Base::half_out_,
       Base::transcendental_, Base::out_storage_;
+  using Base::fed_, Base::feed, Base::feed_, Base::pack_fed;
   using Base::finish_packing, Base::next_a_, Base::pack_ahead;
   using typename Base::Column;
 
@@ -179,7 +180,8 @@ class Worker : private Columns<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock)) return;  // see next_rows
+    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock || plan_.b == Operand::kDirect))
+      return;  // see next_rows
     const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
@@ -260,7 +262,7 @@ class Worker : private Columns<T> {
     const int64_t size_m = plan_.m[i].size, m = size_m * strip, calls = js.end - js.begin;
     next.rows = size_m * strips;
     next.each = (next.rows + calls - 1) / calls;
-    if (plan_.a == Operand::kDirect && !p_.a_is_weight) {
+    if (plan_.a == Operand::kDirect && !p_.a_is_weight && kernel_.parts == 1) {
       const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
       next.a = {static_cast<const char*>(rows[0]) + m * pitch, next.rows, pitch, nk * dtype_size(p_.dtype)};
     }
@@ -299,6 +301,7 @@ class Worker : private Columns<T> {
     of.b = c.b;
     of.ti.start += tile * of.ti.size;
     of.a = static_cast<const char*>(of.a) + tile * r.a_step;
+    r.worker->pack_fed(of);
     r.worker->exact_.repair(sums, ld, finite, of);
   }
 
@@ -326,6 +329,7 @@ class Worker : private Columns<T> {
       const bool packs = plan_.packs_ahead && i + 1 < is.end;
       if (packs) pack_ahead(i + 1, k0, nk, js.end - js.begin);
       args.pack = packs ? &next_a_ : nullptr;
+      args.feed = feed(ti, args.a_step, k0, nk);
       for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
         const Column& c = columns_[j];
         args.panels = rows_of_tiles ? std::min(c.alike, most) : 1;
@@ -335,6 +339,7 @@ class Worker : private Columns<T> {
         const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
         args.b = c.b;
         args.ldb = c.ldb;
+        feed_.vectors = fed_[j];
         args.n = c.tile.size;
         if (kernel_.parts > 1) {
           Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting

@@ -34,6 +34,7 @@ namespace {
 #include "activations.inc"
 #include "amx.inc"
 #include "parts.inc"
+#include "feed.inc"
 #include "amx_fetch.inc"
 #include "amx_tile.inc"
 // clang-format on
@@ -92,14 +93,18 @@ Microkernel make_avx512_amx_bfloat16() {
 }
 Microkernel make_avx512_amx_float32() {
   Microkernel kernel = make_tiled("float32_32x32_avx512_amx", 3);
+  fill_tiled<AmxFloat32, 3, AccessA::kRows>(kernel);
   fill_tiled<AmxFloat32, 3, AccessA::kCols>(kernel);
   fill_parts<3, float>(kernel, DType::kFloat32);
+  fill_feeds<3, float>(kernel);
   return kernel;
 }
 Microkernel make_avx512_amx_float16() {
   Microkernel kernel = make_tiled("float16_32x32_avx512_amx", 2);
+  fill_tiled<AmxFloat32, 2, AccessA::kRows>(kernel);
   fill_tiled<AmxFloat32, 2, AccessA::kCols>(kernel);
   fill_parts<2, Float16>(kernel, DType::kFloat16);
+  fill_feeds<2, Float16>(kernel);
   return kernel;
 }
 
