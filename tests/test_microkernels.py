@@ -9,6 +9,8 @@ import torch
 from helpers import Guarded
 from tiles import CANARY, KERNELS, TILES, Tile, accesses, check, half_bits, random, readable_behind, rounded
 
+from bench.microkernel_table import in_parts
+
 np = pytest.importorskip("numpy")
 pytestmark = pytest.mark.cpu_only(reason="the CPU's microkernels")
 
@@ -412,3 +414,77 @@ def test_unknown_names_and_shapes_are_refused(table):
         table.run(table.list()[0]["name"], True, a, b, out, 2)
     with pytest.raises(ValueError, match="dtypes are not the microkernel's"):
         table.run(table.list()[1]["name"], True, a, b, out, 1)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("of_a", [True, False], ids=["A", "B"])
+@pytest.mark.parametrize("k", [1, 16, 31, 33, 64, 300])
+def test_operand_in_place(table, kernel, rng, of_a, k, masked):
+    """In parts: tails of m, n and k, several tiles a call; B's columns in runs that a vector's may lie in two of."""
+    if kernel["parts"] == 1:
+        pytest.skip("splits nothing")
+    dtype = np.float32 if kernel["parts"] == 3 else np.float16
+    bits = lambda x: x if dtype == np.float32 else x.view(np.uint16)  # noqa: E731
+
+    def numbers(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    def panel(x):
+        return in_parts(x.astype(np.float32), kernel["parts"])
+
+    for m, n in [(32, 32), (32, 17), (31, 32), (17, 16), (16, 31), (5, 3), (1, 1)]:
+        whole = -(-n // 16) * 16
+        tiles = int(rng.integers(1, 4)) if of_a else 1
+        panels = int(rng.integers(1, 4)) if not of_a and n == 32 else 1
+        a, b = numbers(m * tiles, k), numbers(k, n * panels)
+        if of_a:
+            memory, vectors = a, []
+            other = panel(np.pad(b, [(0, 0), (0, whole - n)])).reshape(-1, whole)
+        else:
+            # Each vector's first lanes begin at `at`, the others lie elsewhere, with NaN around both.
+            memory, vectors = np.full((k, 64 * panels + 64), np.nan, dtype), []
+            for start in range(0, n * panels, 16):
+                count, lanes = min(16, n * panels - start), int(rng.integers(1, 17))
+                at, then = 32 + 2 * start, 32 + 2 * start + 16 if lanes < count else 0
+                split = min(lanes, count)
+                memory[:, at : at + split] = b[:, start : start + split]
+                memory[:, then + split : then + count] = b[:, start + split : start + count]
+                vectors.append((lanes, at, then))
+            vectors += [(16, 0, 0)] * (2 * panels - len(vectors))
+            other = np.ascontiguousarray(panel(np.ascontiguousarray(a.T)).swapaxes(2, 3))
+            other = readable_behind(other.reshape(-1, m), 15 * kernel["ks"])
+        saved = numbers(*memory.shape) if masked else None
+        if masked:
+            if not of_a:
+                saved[:, :] = np.where(rng.random(memory.shape[1]) < 0.5, 1, -1)  # whole columns: what B's are
+                kept = (
+                    np.concatenate(
+                        [
+                            saved[0, at + i if i < lanes else then + i][None]
+                            for (lanes, at, then), i in ((vectors[s // 16], s % 16) for s in range(n * panels))
+                        ]
+                    )
+                    > 0
+                )
+                b = b * kept
+            else:
+                a = np.where(saved > 0, a, 0).astype(dtype)
+        out = np.full((m * tiles + 2, n * panels + 5), CANARY, np.float32)
+        table.run_in_place(
+            kernel["name"],
+            of_a,
+            bits(memory),
+            other,
+            out,
+            m,
+            n,
+            tiles,
+            panels,
+            None if saved is None else bits(saved),
+            vectors,
+        )
+        exact = a.astype(np.longdouble) @ b.astype(np.longdouble)
+        bound = (k + 6) * np.finfo(np.float32).eps * (abs(a.astype(np.float64)) @ abs(b.astype(np.float64)))
+        check(out[: m * tiles, : n * panels], exact, bound)
+        out[: m * tiles, : n * panels] = CANARY
+        assert (out == np.float32(CANARY)).all(), "written outside the tiles"

@@ -216,6 +216,54 @@ void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> o
   call_strip(kernel, call);
 }
 
+// One call of a kernel in parts that reads an operand in place, masked by `saved` where it is not none: A, rows of k of
+// all tiles, or B, k rows of columns, of each panel two vectors: (lanes of the first run, where it begins, where the
+// others would begin if they went before it). S: its dtype in memory; panel: the other operand's, as for run().
+template <class S>
+void run_in_place(const std::string& name, bool of_a, Array<S> in_place, Array<uint32_t> panel, Array<float> out,
+                  int64_t m, int64_t n, int64_t tiles, int64_t panels, py::object saved, const Splits& vectors) {
+  const Microkernel& kernel = find(name);
+  const int64_t nv = (n + kernel.vector - 1) / kernel.vector, k = in_place.shape(of_a ? 1 : 0);
+  const int64_t group = kernel.kr * kernel.ks, pitch = in_place.shape(1) * static_cast<int64_t>(sizeof(S));
+  if (kernel.parts != (sizeof(S) == 4 ? 3 : 2) || m < 1 || m > kernel.mr || n < 1 || n > kernel.nr)
+    throw std::invalid_argument("the microkernel has no such parts, or no such tile");
+  conv1x1::TileArgs args;
+  args.k = (k + group - 1) / group * kernel.ks * kernel.parts;
+  args.m = m;
+  args.n = n;
+  args.chain = 64 / kernel.kr * kernel.parts;
+  args.tiles = tiles;
+  args.panels = panels;
+  args.panel_out = n;
+  args.a = args.b = panel.data();
+  args.lda = m;
+  args.ldb = nv * kernel.vector;
+  args.c_out = out.mutable_data();
+  args.ld_out = out.shape(1);
+  if (out.shape(0) < m * tiles || out.shape(1) < n * panels || panel.size() < args.k * (of_a ? args.ldb : m) ||
+      (of_a ? in_place.shape(0) < m * tiles : static_cast<int64_t>(vectors.size()) < 2 * panels))
+    throw std::invalid_argument("shapes do not fit the microkernel");
+  std::vector<conv1x1::FedVector> fed;
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    const auto& [lanes, at, then] = vectors[i];
+    const int64_t left = std::min<int64_t>(n - static_cast<int64_t>(i % 2) * kernel.vector, kernel.vector);
+    const uint32_t all = left > 0 ? (uint32_t{1} << left) - 1 : 0, first = all & ((uint32_t{1} << lanes) - 1);
+    fed.push_back({at, then, at, then, static_cast<uint16_t>(first), static_cast<uint16_t>(all & ~first)});
+  }
+  conv1x1::Feed feed{};
+  feed.src = reinterpret_cast<const char*>(in_place.data());
+  feed.aux = reinterpret_cast<const char*>(pointer<S>(saved));
+  feed.pitch = feed.aux_pitch = pitch;
+  feed.group = feed.aux_group = of_a ? group * static_cast<int64_t>(sizeof(S)) : group * pitch;
+  feed.step = feed.aux_step = m * pitch;
+  feed.k = k;
+  feed.vectors = fed.data();
+  feed.split = kernel.feed[of_a ? 0 : 1][static_cast<int>(feed.aux ? conv1x1::Mask::kReLU : conv1x1::Mask::kNone)];
+  args.feed = &feed;
+  const Entered entered(kernel);
+  kernel.fn[static_cast<int>(of_a ? AccessA::kRows : AccessA::kCols)][m - 1][nv - 1](args);
+}
+
 // Best GFLOP/s of `rounds` rounds of `calls` tiles of n columns of one microkernel, operands in cache.
 template <class T, class P, class PB>
 double time_tile(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, int rounds,
@@ -325,6 +373,13 @@ void define_runs(py::module_& m) {
         py::arg("b").noconvert(), py::arg("out").noconvert(), py::arg("n"), py::arg("rounds"), py::arg("calls"));
 }
 
+template <class S>
+void define_in_place(py::module_& m) {
+  m.def("run_in_place", &run_in_place<S>, py::arg("name"), py::arg("of_a"), py::arg("in_place").noconvert(),
+        py::arg("panel").noconvert(), py::arg("out").noconvert(), py::arg("m"), py::arg("n"), py::arg("tiles"),
+        py::arg("panels"), py::arg("saved"), py::arg("vectors"));
+}
+
 template <class T>
 void define(py::module_& m) {
   define_runs<T, T, T>(m);
@@ -340,6 +395,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define<double>(m);
   define_runs<float, uint32_t, uint32_t>(m);
   define_runs<float, float, uint16_t>(m);
+  define_in_place<float>(m);
+  define_in_place<uint16_t>(m);
   define_packed<float>(m);
   define_packed<double>(m);
   define_packed<uint16_t>(m);
