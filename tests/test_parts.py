@@ -168,7 +168,7 @@ def test_which_layers_are_multiplied_in_parts(layout, dtype, c_in, c_out, size, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("c", [16, 17, 31, 32])
+@pytest.mark.parametrize("c", [16, 31])
 @pytest.mark.parametrize(("k", "size", "cut"), [(64, 8, 0), (90, 9, 0), (300, 12, 0), (600, 13, 1), (65, 20, 3)])
 def test_activations_split_between_products(layout, dtype, activation, c, k, size, cut):
     """Forward to c channels and dx of c channels: tails of k and of pixels, which span images; a cropped image, whose

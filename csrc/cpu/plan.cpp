@@ -265,10 +265,13 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image, in either layout: bits
   const int64_t long_parts = pixels <= kFewPixels ? kLongPartsFew : kLongParts;
-  // (Where activations may be read in place, nothing but channels decides, or a batch's strides would show in bits.)
-  const int64_t longest = one_tile_of_weights(p, *plan.kernel) ? plan.slice
-                          : p.split_k ? wgrad_k_step(p, plan)
-                                      : (plan.kernel->parts > 1 ? long_parts / plan.kernel->parts : long_panels);
+  int64_t longest = long_panels;
+  if (p.split_k)
+    longest = wgrad_k_step(p, plan);
+  else if (one_tile_of_weights(p, *plan.kernel))  // read in place or not: a batch's strides may not show in bits
+    longest = plan.slice;
+  else if (plan.kernel->parts > 1)
+    longest = long_parts / plan.kernel->parts;
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
