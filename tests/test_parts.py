@@ -37,11 +37,15 @@ def exact(x, w):
     return F.conv2d(x.double(), w.double())
 
 
-def check(y, reference, x, w):
-    """What a chain of float32 multiply-adds may be off by; and numbers below 2^-134 may count as zero."""
+def check(y, reference, x, w, units=64):
+    """What a chain of float32 multiply-adds may be off by; and numbers below 2^-134 may count as zero.
+
+    `units` is in float32's eps of the sum of magnitudes: half its k bounds every chain; of random numbers, no chain
+    came to 2.5 in 2 million outputs.
+    """
     x, w = (t.abs().nan_to_num(0, 0, 0) for t in (x, w))
     stored = torch.finfo(y.dtype)
-    allowed = 64 * torch.finfo(torch.float32).eps * exact(x, w)
+    allowed = units * torch.finfo(torch.float32).eps * exact(x, w)
     allowed = allowed + stored.eps * (reference.abs() + stored.smallest_normal)
     allowed = allowed + 2.0**-134 * (1 + exact(x, torch.ones_like(w)) + exact(torch.ones_like(x), w))
     rounded = reference.to(y.dtype)
@@ -182,18 +186,15 @@ def test_activations_split_between_products(layout, dtype, activation, c, k, siz
         assert "split between the products" in " ".join(explain(x, w).values())
     y = conv1x1(x, w, activation=activation, residual=residual)
     assert torch.equal(y[1:2], conv1x1(x[1:2], w, activation=activation, residual=residual[1:2]))
-    exact_y = exact(x, w) + residual.double()
-    exact_y = exact_y.clamp(0 if activation else -INF, 6 if activation == "relu6" else INF)
-    eps = torch.finfo(dtype).eps
-    assert ((y.double() - exact_y).abs() <= 2 * eps * (exact(x.abs(), w.abs()) + residual.abs() + eps)).all()
+    reference = exact(x, w) + residual.double()
+    reference = reference.clamp(0 if activation else -INF, 6 if activation == "relu6" else INF)
+    check(y, reference, x, w, units=8)
 
     x, w, dy = batch(c).requires_grad_(), (torch.randn(k, c, 1, 1) / c**0.5).to(dtype), batch(k)
     y = conv1x1(x, w, activation=activation)
     (dx,) = torch.autograd.grad(y, x, dy)
     dz = dy.double() * ((y > 0) | (activation is None)) * ((y < 6) | (activation != "relu6"))
-    backward = w.double().transpose(0, 1)
-    bound = F.conv2d(dz.abs(), backward.abs()) + eps
-    assert ((dx.double() - F.conv2d(dz, backward)).abs() <= 2 * eps * bound).all()
+    check(dx, exact(dz, w.transpose(0, 1)), dz, w.transpose(0, 1), units=8)
     (one,) = torch.autograd.grad(conv1x1(x[1:2], w, activation=activation), x, dy[1:2])
     assert torch.equal(one[1:2], dx[1:2])
 
