@@ -81,22 +81,34 @@ class Columns : protected Panels<T> {
       c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
       all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
     }
+    if (plan_.b == Operand::kDirect && kernel_.parts > 1) fetch_next_columns(js);
     if (kernel_.ks > 1 && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
   }
 
-  // Where a tile's vectors lie in a row of B that is split between products.
+  // Where a tile's vectors lie in a row of B that is split between products; of one vector, twice.
   void feed_columns(const Tiling::Tile& tile, FedVector* vectors) const {
     const auto lanes = [](int64_t n) { return (uint32_t{1} << n) - 1; };
-    for (int64_t j = 0; j < tile.size; j += kernel_.vector, ++vectors) {
+    for (int64_t j = 0; j < tile.size; j += kernel_.vector) {
       const int64_t left = tile.size - j < kernel_.vector ? tile.size - j : kernel_.vector;
       const Run run = run_at(p_.b.col, tile.start + j, left);
-      *vectors = {run.offset, 0, run.aux_offset, 0, static_cast<uint16_t>(lanes(run.length)), 0};
-      if (run.length == left) continue;
-      const Run rest = run_at(p_.b.col, tile.start + j + run.length, left - run.length);
-      vectors->then = rest.offset - run.length;
-      vectors->aux_then = rest.aux_offset - run.length;
-      vectors->second = static_cast<uint16_t>(lanes(left) & ~lanes(run.length));
+      FedVector v{run.offset, 0, run.aux_offset, 0, 0, 0, static_cast<uint16_t>(lanes(run.length)), 0};
+      if (run.length < left) {
+        const Run rest = run_at(p_.b.col, tile.start + j + run.length, left - run.length);
+        v.then = rest.offset - run.length;
+        v.aux_then = rest.aux_offset - run.length;
+        v.second = static_cast<uint16_t>(lanes(left) & ~lanes(run.length));
+      }
+      for (int64_t i = j / kernel_.vector; i < 2; ++i) vectors[i] = v;
     }
+  }
+
+  // Each tile fetches the one after it, which may be the next block's.
+  void fetch_next_columns(const Range& js) {
+    FedVector after[2];
+    feed_columns(plan_.n[js.end < plan_.n.count() ? js.end : js.end - 1], after);
+    const FedVector* next = after;
+    for (int64_t j = js.end - js.begin; j-- > 0; next = fed_[j])
+      for (int v = 0; v < 2; ++v) fed_[j][v].next = next[v].at, fed_[j][v].aux_next = next[v].aux_at;
   }
 
   // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side

@@ -94,9 +94,9 @@ struct PackAhead {
 };
 
 // Where a vector's columns lie in a row of B: lane l of `first` at `at` + l; where they lie in two runs, the lanes of
-// `second` likewise from `then` on.
+// `second` likewise from `then` on. The next tile's begins at `next` and will be fetched.
 struct FedVector {
-  int64_t at, then, aux_at, aux_then;
+  int64_t at, then, aux_at, aux_then, next, aux_next;
   uint16_t first, second;
 };
 

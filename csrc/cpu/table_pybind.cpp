@@ -248,7 +248,7 @@ void run_in_place(const std::string& name, bool of_a, Array<S> in_place, Array<u
     const auto& [lanes, at, then] = vectors[i];
     const int64_t left = std::min<int64_t>(n - static_cast<int64_t>(i % 2) * kernel.vector, kernel.vector);
     const uint32_t all = left > 0 ? (uint32_t{1} << left) - 1 : 0, first = all & ((uint32_t{1} << lanes) - 1);
-    fed.push_back({at, then, at, then, static_cast<uint16_t>(first), static_cast<uint16_t>(all & ~first)});
+    fed.push_back({at, then, at, then, at, at, static_cast<uint16_t>(first), static_cast<uint16_t>(all & ~first)});
   }
   conv1x1::Feed feed{};
   feed.src = reinterpret_cast<const char*>(in_place.data());
