@@ -81,8 +81,9 @@ class Columns : protected Panels<T> {
       c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
       all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
     }
+    if (kernel_.ks == 1 || js.begin == js.end) return;
     if (plan_.b == Operand::kDirect && kernel_.parts > 1) fetch_next_columns(js);
-    if (kernel_.ks > 1 && js.begin < js.end) join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
+    join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
   }
 
   // Where a tile's vectors lie in a row of B that is split between products; of one vector, twice.
