@@ -457,15 +457,9 @@ def test_operand_in_place(table, kernel, rng, of_a, k, masked):
         if masked:
             if not of_a:
                 saved[:, :] = np.where(rng.random(memory.shape[1]) < 0.5, 1, -1)  # whole columns: what B's are
-                kept = (
-                    np.concatenate(
-                        [
-                            saved[0, at + i if i < lanes else then + i][None]
-                            for (lanes, at, then), i in ((vectors[s // 16], s % 16) for s in range(n * panels))
-                        ]
-                    )
-                    > 0
-                )
+                runs = [(vectors[s // 16], s % 16) for s in range(n * panels)]
+                columns = [(at if i < lanes else then) + i for (lanes, at, then), i in runs]
+                kept = saved[0, columns] > 0
                 b = b * kept
             else:
                 a = np.where(saved > 0, a, 0).astype(dtype)
