@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.object_cache import ROOT, Unit, build
 
-MODULE = "conv1x1_table"
+MODULE, BINDING = "conv1x1_table", "cpu/table_pybind.cpp"
 
 
 @functools.cache
@@ -38,16 +38,16 @@ def library_flags() -> tuple[str, ...]:
 
 
 def table_units() -> list[Unit]:
-    """The table's sources. Only the first knows pybind11 and Python; the others are the library's own."""
+    """The table's sources. One knows pybind11 and Python; the others are the library's own."""
     import pybind11
 
     config = build_config()
     folders = (pybind11.get_include(), sysconfig.get_path("include"))
     python = (f"-DTORCH_EXTENSION_NAME={MODULE}", *(part for f in folders for part in ("-isystem", f)))
     identity = (pybind11.__version__, sys.version)
-    binding, *others = (config.CSRC / source for source in config.TABLE_SOURCES)
-    units = [Unit(source, library_flags()) for source in others]
-    return [*units, Unit(binding, (*library_flags(), *python), identity)]
+    binding = Unit(config.CSRC / BINDING, (*library_flags(), *python), identity)
+    others = (config.CSRC / source for source in config.TABLE_SOURCES if source != BINDING)
+    return [*(Unit(source, library_flags()) for source in others), binding]
 
 
 def table_library(name: str, units: Sequence[Unit]) -> Path:
