@@ -46,8 +46,8 @@ def table_units() -> list[Unit]:
     python = (f"-DTORCH_EXTENSION_NAME={MODULE}", *(part for f in folders for part in ("-isystem", f)))
     identity = (pybind11.__version__, sys.version)
     binding = Unit(config.CSRC / BINDING, (*library_flags(), *python), identity)
-    others = (config.CSRC / source for source in config.TABLE_SOURCES if source != BINDING)
-    return [*(Unit(source, library_flags()) for source in others), binding]
+    names = config.TABLE_SOURCES
+    return [binding if name == BINDING else Unit(config.CSRC / name, library_flags()) for name in names]
 
 
 def table_library(name: str, units: Sequence[Unit]) -> Path:
