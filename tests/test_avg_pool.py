@@ -358,8 +358,7 @@ assert forward - before < full / 16 and after - forward < full / 8
 
 
 @pytest.mark.cpu_only(reason="measures the process; tests/test_cuda.py asks the allocator")
-@pytest.mark.parametrize("format", ["contiguous_format", "channels_last"])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@cover(1, activation=("relu", "gelu"), format=("contiguous_format", "channels_last"))
 def test_the_full_tensor_never_exists(activation, format):
     """It would be 256 MiB; peak memory grows by a fraction of that."""
     expect_ok(run_python(MEMORY.format(activation=activation, format=format)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +26,22 @@ if "clang" not in CXX:
 ARCHITECTURES = "7.5;8.0;8.6;9.0;12.0"
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), sanitize: bool = False) -> Path:
+def build(
+    name: str,
+    sources: Sequence[Path],
+    flags: Sequence[str] = (),
+    sanitize: bool = False,
+    plain: Sequence[Path] = (),
+) -> Path:
     """The shared library `name` of `sources` and the shim. Raises RuntimeError with the compiler's messages.
 
-    With `sanitize` it has AddressSanitizer and UndefinedBehaviorSanitizer: load it in a process with
-    `sanitizer_environment()`.
+    With `sanitize` it has AddressSanitizer and UndefinedBehaviorSanitizer, but for the sources in `plain`: load it in a
+    process with `sanitizer_environment()`.
     """
-    flags = (*FLAGS, *(SANITIZE if sanitize else ()), *flags)
-    units = [Unit(source, flags) for source in (*sources, *SHIM)]
-    return object_cache.build(name, units, (*flags, "-Wl,-z,defs"))
+    base, checked = (*FLAGS, *flags), (*FLAGS, *(SANITIZE if sanitize else ()), *flags)
+    # Of a function that several objects have the first one is linked: those with sanitizers come first.
+    units = [Unit(source, checked) for source in (*sources, *SHIM)] + [Unit(source, base) for source in plain]
+    return object_cache.build(name, units, (*checked, "-Wl,-z,defs"))
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -52,6 +61,17 @@ def kernel_sources() -> list[Path]:
     return [HERE / "entry.cpp", CSRC / "lower.cpp", *sorted([*cuda.glob("*.cu"), *torch_free])]
 
 
+def sanitized_type() -> str:
+    """The tensor cores' type whose kernels get the sanitizers, whose compilation takes longer than all the rest: the
+    templates are the same for the others. CONV1X1_TEST_SEED chooses."""
+    types = sorted(f.stem for f in (CSRC / "cuda").glob("gemm_mma_*.cu"))
+    return random.Random(os.environ.get("CONV1X1_TEST_SEED", "0")).choice(types)
+
+
 def build_kernels(sanitize: bool = False) -> Path:
-    """Their library for the CPU."""
-    return build("conv1x1_cuda", kernel_sources(), [f'-DCONV1X1_CUDA_ARCHS="{ARCHITECTURES}"'], sanitize)
+    """Their library for the CPU. CONV1X1_TEST_FULL=1 leaves no kernel without the sanitizers."""
+    sources, kept = kernel_sources(), sanitized_type()
+    spared = sanitize and os.environ.get("CONV1X1_TEST_FULL", "") != "1"
+    plain = [f for f in sources if spared and f.stem.startswith("gemm_mma_") and f.stem != kept]
+    sources = [f for f in sources if f not in plain]
+    return build("conv1x1_cuda", sources, [f'-DCONV1X1_CUDA_ARCHS="{ARCHITECTURES}"'], sanitize, plain)
