@@ -1,0 +1,33 @@
+"""What docs/design.md's rules say of the sources."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+SOURCES = sorted(f for f in CSRC.rglob("*") if f.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"))
+KERNELS = CSRC / "cpu" / "microkernels"
+
+
+def files_with(pattern, files=SOURCES):
+    return {str(f.relative_to(CSRC)) for f in files if re.search(pattern, f.read_text(), re.MULTILINE)}
+
+
+def test_torch_headers_are_the_bindings_alone():
+    """Rule 1."""
+    allowed = {"ops.cpp", "tensor_checks.h", "binding.h", "binding.cpp", "cpu/conv1x1_cpu.cpp"}
+    allowed |= {"cuda/conv1x1_cuda.cpp", "cuda/no_cuda.cpp"}
+    found = files_with(r"^\s*#\s*include\s*[<\"]torch/")
+    assert found and found <= allowed
+
+
+def test_intrinsics_are_the_microkernels_alone():
+    """Rule 2. What else depends on the architecture has one file of its own."""
+    outside = [f for f in SOURCES if KERNELS not in f.parents]
+    found = files_with(r"\b_mm\d*_\w|\b__builtin_ia32_|\w+intrin\.h\b|\barm_neon\.h\b", outside)
+    assert found == {"cpu/architecture.h"}
+
+
+def test_openmp_regions_have_one_place():
+    """parallel.h, which hands on the caller's floating-point environment."""
+    assert files_with(r"^\s*#\s*pragma\s+omp\b|\bomp\.h\b") == {"cpu/parallel.h"}
