@@ -186,7 +186,9 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
   Buffer memory(std::calloc(static_cast<size_t>(count), sizeof(double)));
   double* sums = static_cast<double*>(memory.get());
   if (!sums) return kOutOfMemory;
-  const Status status = run_gemm(lower_avg_pool(p, sums), threads, kernels);
+  GemmProblem g = lower_avg_pool(p);
+  g.pool = sums;
+  const Status status = run_gemm(g, threads, kernels);
   const double pixels = static_cast<double>(p.pixels());
   const UnpackFn unpack = kernels.for_dtype(p.dtype).unpack[static_cast<int>(p.dtype)];
   constexpr int64_t kTogether = 64;
@@ -206,8 +208,7 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
 
 Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& kernels) {
   const Microkernel& kernel = kernels.for_dtype(p.dtype);
-  double unused = 0;
-  const bool channels_last = !lower_avg_pool(p, &unused).pool_along_n;
+  const bool channels_last = !lower_avg_pool(p).pool_along_n;
   const bool recomputes = !p.pool_mask && p.activation != Activation::kNone;
   const int64_t limit = std::max<int64_t>(kChunk / p.c_out, 1);
   Buffer z(std::malloc(static_cast<size_t>(std::min(limit, p.batch * p.pixels()) * p.c_out * dtype_size(p.dtype))));

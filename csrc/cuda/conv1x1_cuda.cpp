@@ -137,10 +137,7 @@ class CudaBackend final : public Backend {
     void* data = nullptr;
   };
 
-  void check(const Conv1x1Problem& p) const {
-    double unused = 0;
-    raise_if(cuda::check_problem(lower_avg_pool(p, &unused), device_));
-  }
+  void check(const Conv1x1Problem& p) const { raise_if(cuda::check_problem(lower_avg_pool(p), device_)); }
 
   cuda::Plan plan_of(const GemmProblem& g) const {
     raise_if(cuda::check_problem(g, device_));

@@ -110,7 +110,7 @@ GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace, in
   p.activation = g.activation;
   p.lower = g.activation == Activation::kNone ? -INFINITY : 0.0f;
   p.upper = g.activation == Activation::kReLU6 ? 6.0f : INFINITY;
-  p.rare = g.pool || !masks_from_output(g.activation);
+  p.rare = g.pools || !masks_from_output(g.activation);
   p.bias = g.bias.data;
   p.bias_stride = g.bias.stride;
   p.bias_along_m = g.bias_along_m;

@@ -108,10 +108,7 @@ Conv1x1Problem one_image(const Conv1x1Problem& p) {
   return q;
 }
 
-GemmProblem pooled_problem(const Conv1x1Problem& p) {
-  static double flag = 0;  // lower_avg_pool only passes it on; nothing reads or writes it here
-  return lower_avg_pool(one_image(p), &flag);
-}
+GemmProblem pooled_problem(const Conv1x1Problem& p) { return lower_avg_pool(one_image(p)); }
 
 }  // namespace
 

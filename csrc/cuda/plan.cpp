@@ -150,7 +150,7 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const bool half = g.dtype == DType::kFloat16 || g.dtype == DType::kBFloat16;
   plan.tf32 = g.dtype == DType::kFloat32 && allow_tf32 && built_for(device.arch) >= 80;
   plan.kernel = (half && built_for(device.arch) >= 80) || plan.tf32 ? Kernel::kMma : Kernel::kSimt;
-  const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pool;
+  const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pools;
   const Tuning& tuned = tuning();
   const CostModel cost = plan.tf32 ? tuned.tf32 : mma ? tuned.bits16 : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
   bool masked_tiles = false;
