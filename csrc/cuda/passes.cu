@@ -169,7 +169,7 @@ int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& devic
   const auto count = [&](const GemmProblem& g) { gemm = std::max(gemm, make_plan(g, device, allow_tf32).workspace); };
   // Piece by piece: one may be smaller, so that it is split into more slices, or lie at odd addresses.
   for (int64_t first = 0; first < std::max<int64_t>(1, p.batch); first += std::max<int64_t>(1, pieces.images)) {
-    Conv1x1Problem q = piece_of(p, pieces, first, reinterpret_cast<void*>(kAlignment));
+    Conv1x1Problem q = piece_of(p, pieces, first, planned_address());
     count(lower_fprop(q));
     q.dy = q.y;
     if (p.dx.data) count(lower_dgrad(q));
