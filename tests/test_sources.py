@@ -1,7 +1,14 @@
 """What docs/design.md's rules say of the sources."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
+from cuda_on_cpu import build
+
+from conv1x1_ext import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -31,3 +38,26 @@ def test_intrinsics_are_the_microkernels_alone():
 def test_openmp_regions_have_one_place():
     """parallel.h, which hands on the caller's floating-point environment."""
     assert files_with(r"^\s*#\s*pragma\s+omp\b|\bomp\.h\b") == {"cpu/parallel.h"}
+
+
+# Found out once per process, and never changed.
+MADE_ONCE = {
+    "amx_missing::missing", "table::t", "l1_bytes::bytes", "l2_bytes::bytes", "selected_kernels::choice",
+    "device_at::devices", "verbose::value",
+}  # fmt: skip
+
+
+def variables(library):
+    """Those of ours that lie in writable memory, without namespaces and parameters."""
+    listed = subprocess.run(["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = (line.split(maxsplit=2)[1:] for line in listed.splitlines() if line[:1].isalnum())
+    found = {name for kind, name in symbols if kind in "bBdDuVv" and name.startswith("conv1x1")}
+    found = {name for name in found if not name.startswith("conv1x1::cuda::emulator::")}
+    return {re.sub(r"\(anonymous namespace\)::|\(.*?\)(?=::|$)|conv1x1::|cuda::", "", name) for name in found}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+@pytest.mark.parametrize("library", ["ours", "emulated CUDA"])
+def test_no_global_is_mutable(library):
+    """Rule 7."""
+    assert variables(_library.path if library == "ours" else build.build_kernels()) <= MADE_ONCE

@@ -15,10 +15,13 @@
 
 namespace conv1x1::cuda {
 
-struct Device {           // what a plan may depend on beside the problem
-  int arch = 0;           // compute capability, 10 * major + minor
-  int sm_count = 0;       // multiprocessors
-  int shared_memory = 0;  // bytes a block may have, opted in
+struct Tuning;  // heuristics.h
+
+struct Device {                    // what a plan may depend on beside the problem
+  int arch = 0;                    // compute capability, 10 * major + minor
+  int sm_count = 0;                // multiprocessors
+  int shared_memory = 0;           // bytes a block may have, opted in
+  const Tuning* tuning = nullptr;  // null: heuristics.h as it is
 };
 
 enum class Kernel : int { kSimt, kMma };
