@@ -67,7 +67,7 @@ struct Matrix {
 
 struct GemmProblem {
   DType dtype = DType::kFloat32;      // of A, B, bias and mask in memory; half types accumulate in float32
-  DType out_dtype = DType::kFloat32;  // of D and row_sums
+  DType out_dtype = DType::kFloat32;  // of D (and the residual) and row_sums: dtype, or float32 for half types
   int64_t groups = 1, m = 0, n = 0, k = 0;
   Matrix a, b, d;                                 // a: m x k, b: k x n, d: m x n
   int64_t m_segment = 0, n_segment = 0;           // natural pieces of m and n: the pixels of one image, or all of it

@@ -106,6 +106,7 @@ struct Tuning {
   int tile = -1;       // of the tensor cores' tiles, wherever it exists; -1: any
   int64_t slices = 0;  // of k with that tile; 0: as the model says
   CostModel bits16 = kCost16Bits, tf32 = kCostTf32;
+  int64_t pooled_piece = int64_t{1} << 24;  // elements that average pooling's backward recomputes at a time
 };
 constexpr Tuning kUntuned{};
 

@@ -63,7 +63,7 @@ cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& devic
                          cudaStream_t stream);
 // Its gradients, written to p.dx, p.dw and p.dbias where those have data; p.dy has no pixel strides. The pre-activation
 // is recomputed a piece at a time, which is most of the workspace: a quarter of the images, or as many as have 2^24
-// elements where that is more, and at least one.
+// elements where that is more, and at least one. Of several pieces half types' dw and dbias add up in float32.
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
                                   cudaStream_t stream);

@@ -197,7 +197,9 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const int vector = 16 / bytes, stored = chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, vector, true);
   const bool halves = mma && bytes == 2 && stored >= 4 && !g.d.aux;
   plan.d_chunk = !masks_from_output(g.activation) ? 1 : stored == vector ? vector : halves ? 4 : 1;
-  if (plan.slices > 1 && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
+  // Half types' sums come to D as float32 by the second pass alone.
+  const bool joins = plan.slices > 1 || g.out_dtype != g.dtype;
+  if (joins && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
   if (g.row_sums.data) plan.row_sums = aligned(plan.slices * g.groups * g.m * accumulator);
   plan.workspace = plan.partials + plan.row_sums;
   for (Repack* repack : {&plan.a_repack, &plan.b_repack}) {

@@ -158,6 +158,7 @@ extern "C" __attribute__((visibility("default"))) void conv1x1_emulated(const in
   Tuning tuning;
   tuning.tile = static_cast<int>(read.integer());
   tuning.slices = read.integer();
+  tuning.pooled_piece = read.integer();
   device.tuning = &tuning;
   const bool allow_tf32 = read.integer() != 0;
 

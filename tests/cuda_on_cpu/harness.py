@@ -34,6 +34,7 @@ class Gpu:
     shared_memory: int  # bytes a block can opt in to
     only_tile: int = -1  # of heuristics.h's, to be chosen wherever it exists, and its slices of k
     only_slices: int = 0
+    pooled_piece: int = 1 << 24  # elements that average pooling's backward recomputes at a time, or a quarter of all
 
     def __str__(self) -> str:
         return f"sm{self.arch}"
@@ -89,9 +90,10 @@ class Emulator:
         sizes = _spatial(x.shape[2:], 1)
         values = [
             DIRECTIONS.index(direction), seed, os_threads, gpu.arch, gpu.sm_count, gpu.shared_memory, gpu.only_tile,
-            gpu.only_slices, allow_tf32, DTYPES.index(x.dtype), ACTIVATIONS.index(activation), x.shape[0], x.shape[1],
-            w.shape[0], groups, *sizes, *((n - 1) // s + 1 for n, s in zip(sizes, steps, strict=True)), *steps,
-            accumulate, *_activation(x), *_activation(y), *_activation(residual), *_activation(dy), *_activation(dx),
+            gpu.only_slices, gpu.pooled_piece, allow_tf32, DTYPES.index(x.dtype), ACTIVATIONS.index(activation),
+            x.shape[0], x.shape[1], w.shape[0], groups,
+            *sizes, *((n - 1) // s + 1 for n, s in zip(sizes, steps, strict=True)), *steps, accumulate,
+            *_activation(x), *_activation(y), *_activation(residual), *_activation(dy), *_activation(dx),
             *_weight(w), *_weight(dw), *_vector(bias), *_vector(dbias), _address(out), *_activation(dz),
         ]  # fmt: skip
         error, description = (ctypes.create_string_buffer(_CAPACITY) for _ in range(2))
