@@ -154,6 +154,17 @@ def test_explain_allocates_nothing(layout, direction):
     assert "conv1x1_ext::_explain" in names and "[memory]" not in names
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("layout", FORMATS)
+def test_explain_casts_nothing_under_autocast(layout):
+    x, w, b = laid_out((2, 64, 6, 5), torch.float32, layout), torch.randn(128, 64, 1, 1), torch.randn(128)
+    cast = explain(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    with profile(activities=[ProfilerActivity.CPU]) as prof, torch.autocast("cpu", torch.bfloat16):
+        plan = explain(x, w, b)
+    assert plan == cast
+    assert not {"aten::copy_", "aten::_to_copy"} & {event.key for event in prof.key_averages()}
+
+
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 # Freed blocks go back to the system at once, whatever their size, and there is one arena.
