@@ -1,0 +1,3 @@
+"""Faults in the tiles in registers: tails, masks, chains, the epilogue, stores."""
+
+MUTANTS = []
