@@ -31,7 +31,7 @@ class FetchAhead {
 
   // The share of this call's tiles, where `tiles` are still to come, these included.
   void share(int64_t tiles, TileArgs& args) {
-    args.fetch_rows = 0;
+    args.fetch = Fetch();
     while (current_ < count_) {
       Piece& piece = pieces_[current_];
       if (piece.row < piece.rows) {
@@ -41,10 +41,7 @@ class FetchAhead {
         // Of a stretch, as many lines in a step as it takes.
         while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;
         const int64_t fetches = rows / together < steps ? rows / together : steps;
-        args.fetch = piece.base + piece.row * piece.pitch;
-        args.fetch_pitch = piece.pitch * together;
-        args.fetch_width = piece.width * together;
-        args.fetch_rows = fetches;
+        args.fetch = {piece.base + piece.row * piece.pitch, fetches, piece.pitch * together, piece.width * together};
         args.fetch_every = 1;
         while (args.fetch_every < kMostApart &&
                (fetches + kFetchedTogether - 1) / kFetchedTogether * 2 * args.fetch_every <= steps)

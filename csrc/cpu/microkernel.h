@@ -4,7 +4,7 @@
 // steps: a single accumulator per output, k ascending, one multiply-add a step; then the sum so far (kept in `partial`)
 // + the chain's. That is all that decides a result's bits, so tiles of any shape agree.
 //
-//   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]
+//   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]      one function: a_rows[i][k * a_k]
 //          k=0  a00 a10 a20 .. a(MR-1)0             a_rows[0] -> a00 a01 a02 a03 ..      (k contiguous)
 //          k=1  a01 a11 a21 ..                      a_rows[1] -> a10 a11 a12 a13 ..
 //
@@ -134,8 +134,9 @@ struct TileArgs {
   int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;
   bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
   const void* const* a_rows = nullptr;
-  int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
-  const void* a = nullptr;
+  int64_t a_pitch = 0;      // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
+  int64_t a_k = 1;          // KS = 1: elements from step to step of a row
+  const void* a = nullptr;  // KS > 1, kCols
   int64_t lda = 0;
   const void* b = nullptr;
   int64_t ldb = 0;
@@ -161,10 +162,10 @@ struct TileArgs {
   PackAhead* pack = nullptr;
   const Feed* feed = nullptr;  // several parts: of A where its access is kRows, else of B, where there is one
   Fetch next_a, next_c;        // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
-  // Every so many steps of each tile, until fetch_rows are, the lines of the next kFetchedTogether rows, fetch_width
-  // bytes of each, are fetched into L2; or, where `fetch_near`, a line of each into L1. fetch_every: a power of two.
-  const char* fetch = nullptr;
-  int64_t fetch_rows = 0, fetch_every = 1, fetch_pitch = 0, fetch_width = 0;
+  // Every fetch_every steps of each tile (a power of two), the next kFetchedTogether rows of `fetch` are fetched, until
+  // none are left; where `fetch_near`, a line of each into L1.
+  Fetch fetch;
+  int64_t fetch_every = 1;
   bool fetch_near = false;
 };
 

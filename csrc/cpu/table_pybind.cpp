@@ -99,7 +99,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
       (!rows || kernel.pitched || kernel.ks > 1 || static_cast<int64_t>(order.size()) != m * tiles ||
        *std::max_element(order.begin(), order.end()) >= m * tiles || *std::min_element(order.begin(), order.end()) < 0))
     throw std::invalid_argument("the microkernel takes no rows in this order");
-  for (int64_t i = 0; rows && order.empty() && i < m; ++i) call.rows.push_back(a.data() + i * k);
+  if (kernel.ks == 1 || rows)
+    for (int64_t i = 0; order.empty() && i < m; ++i) call.rows.push_back(a.data() + i * (rows ? k : 1));
   for (const int64_t i : order) call.rows.push_back(a.data() + i * k);
   call.args.k = k;
   call.args.chain = 64 / kernel.kr * kernel.parts;  // as the library plans it for most layers
@@ -107,7 +108,8 @@ Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const A
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr * tiles));
   call.args.m = m;
   call.args.tiles = tiles;
-  call.args.a_pitch = k * static_cast<int64_t>(sizeof(P));
+  call.args.a_pitch = (rows ? k : 1) * static_cast<int64_t>(sizeof(P));
+  call.args.a_k = rows ? 1 : m;
   call.args.a_step = order.empty() ? m * k * static_cast<int64_t>(sizeof(P)) : 0;
   call.args.own_rows = order.empty() ? 0 : m;
   call.args.panels = panels;

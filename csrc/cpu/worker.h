@@ -201,14 +201,17 @@ class Worker : private Columns<T> {
     if (direct && plan_.a_access == AccessA::kRows) {
       args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
       place_rows(t.start, t.size, k0, rows);
-    } else if (direct) {
-      args.a = element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start);
     } else if (plan_.a_access == AccessA::kRows) {
       const T* a = packed_a(group_, i) + step;
-      for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
       args.a_pitch = args.lda * static_cast<int64_t>(sizeof(T));
+      for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
     } else {
-      args.a = packed_a(group_, i) + step * args.lda;
+      // An element in place is as wide as one of a panel: what is read along m is read as it is.
+      args.a = direct ? element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start)
+                      : packed_a(group_, i) + step * args.lda;
+      args.a_pitch = sizeof(T);
+      args.a_k = args.lda;
+      for (int64_t r = 0; r < t.size && kernel_.ks == 1; ++r) rows[r] = static_cast<const T*>(args.a) + r;
     }
     args.a_rows = rows;
   }

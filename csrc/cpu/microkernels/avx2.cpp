@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 
@@ -69,7 +70,7 @@ struct Avx2Float32 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm256_max_ps(limit, x); }  // returns x where either is NaN
   static Reg min(Reg limit, Reg x) { return _mm256_min_ps(limit, x); }
-  static constexpr bool kStoresHalf = false, kSplits = false;
+  static constexpr bool kStoresHalf = false, kStoresHalfInRegisters = false, kSplits = false;
 };
 
 struct Avx2Float64 {
@@ -100,10 +101,13 @@ struct Avx2Float64 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg max(Reg limit, Reg x) { return _mm256_max_pd(limit, x); }
   static Reg min(Reg limit, Reg x) { return _mm256_min_pd(limit, x); }
-  static constexpr bool kStoresHalf = false, kSplits = false;
+  static constexpr bool kStoresHalf = false, kStoresHalfInRegisters = false, kSplits = false;
 };
 
+// clang-format off: the includes build on each other
+#include "tile_epilogue.inc"
 #include "tile.inc"
+// clang-format on
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// AVX-512 tiles: 24 of the 32 registers accumulate, 3 hold B, 1 the broadcast A. Listed by dispatch.cpp.
+// AVX-512 tiles of float32: 24 of the 32 registers accumulate, 3 hold B, 1 the broadcast A. Listed by dispatch.cpp.
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 
@@ -24,29 +25,10 @@ namespace {
 #include "activations.inc"
 // clang-format on
 
-struct Avx512Float64 {
-  using T = double;
-  using Reg = __m512d;
-  using Mask = __mmask8;
-  static constexpr int kWidth = 8;
-  static Mask first(int64_t n) { return n >= 8 ? Mask(0xff) : Mask((1u << n) - 1); }
-  static Reg zero() { return _mm512_setzero_pd(); }
-  static Reg set1(T x) { return _mm512_set1_pd(x); }
-  static Reg load(const T* p) { return _mm512_loadu_pd(p); }
-  static Reg load(const T* p, Mask m) { return _mm512_maskz_loadu_pd(m, p); }
-  static void store(T* p, Reg x) { _mm512_storeu_pd(p, x); }
-  static void stream(T* p, Reg x) { _mm512_stream_pd(p, x); }
-  static void store(T* p, Reg x, Mask m) { _mm512_mask_storeu_pd(p, m, x); }
-  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
-  static constexpr bool kSplits = true;
-  static Reg add(Reg a, Reg b, Mask m) { return _mm512_mask_add_pd(a, m, a, b); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
-  static Reg max(Reg limit, Reg x) { return _mm512_max_pd(limit, x); }
-  static Reg min(Reg limit, Reg x) { return _mm512_min_pd(limit, x); }
-  static constexpr bool kStoresHalf = false;
-};
-
+// clang-format off: the includes build on each other
+#include "tile_epilogue.inc"
 #include "tile.inc"
+// clang-format on
 
 // A in panels of float32, B in place in float16, converted as it is loaded: no panel of B is written and read again.
 struct Avx512Float16B : Plain<Avx512Float32> {
@@ -75,12 +57,6 @@ Microkernel make_avx512_float32_float16_b() {
   fill_packing(kernel, static_cast<float*>(nullptr));
   kernel.b_in_place = DType::kFloat16;
   return kernel;
-}
-Microkernel make_avx512_float64() {
-  return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);
-}
-Microkernel make_avx512_float64_wide() {
-  return make_microkernel<Avx512Float64, 6, 4>("float64_6x32_avx512", "avx512", DType::kFloat64);
 }
 
 }  // namespace conv1x1

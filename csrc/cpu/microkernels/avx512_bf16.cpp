@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 
@@ -30,6 +31,7 @@ namespace {
 
 struct Avx512BFloat16 : Avx512Float32 {
   static constexpr int kKr = 2;
+  static constexpr bool kStoresHalfInRegisters = true;        // what nearly every tile is stored as
   typedef uint32_t P __attribute__((aligned(2), may_alias));  // two bfloat16, in place or in a panel
   using PB = P;
   using Op = __m512i;
@@ -40,7 +42,10 @@ struct Avx512BFloat16 : Avx512Float32 {
   static __m256i half_of(Reg x, bool) { return nearest_bfloat16(x); }
 };
 
+// clang-format off: the includes build on each other
+#include "tile_epilogue.inc"
 #include "tile.inc"
+// clang-format on
 
 }  // namespace
 

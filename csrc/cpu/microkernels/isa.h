@@ -6,6 +6,13 @@
 #define CONV1X1_INLINE __attribute__((always_inline))
 
 #define CONV1X1_PRAGMA(x) _Pragma(#x)
+// Before a loop whose count is constant: unrolled whole, so that an array it indexes can live in registers.
+#if defined(__clang__)
+#define CONV1X1_UNROLL CONV1X1_PRAGMA(clang loop unroll(full))
+#else
+#define CONV1X1_UNROLL CONV1X1_PRAGMA(GCC unroll 32)
+#endif
+
 #if defined(__clang__)
 #define CONV1X1_TARGET_BEGIN(isa) \
   CONV1X1_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../plan.h"
 #include "isa.h"
@@ -9,6 +10,7 @@
 namespace conv1x1 {
 namespace {
 
+#define CONV1X1_LONGEST_PIECE 8
 // clang-format off: the includes build on each other
 #include "convert.inc"
 #include "packing.inc"
@@ -41,10 +43,13 @@ struct PortableVector {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg limit, Reg x) { return x < limit ? limit : x; }
   static Reg min(Reg limit, Reg x) { return x > limit ? limit : x; }
-  static constexpr bool kStoresHalf = false, kSplits = false;
+  static constexpr bool kStoresHalf = false, kStoresHalfInRegisters = false, kSplits = false;
 };
 
+// clang-format off: the includes build on each other
+#include "tile_epilogue.inc"
 #include "tile.inc"
+// clang-format on
 
 }  // namespace
 
