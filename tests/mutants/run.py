@@ -28,8 +28,8 @@ LEAST_CAUGHT = 0.95
 SEED = "20231117"  # of the tests' random inputs: the same fault meets the same tests
 
 # Files whose tests build libraries of their own.
-NEEDS_TABLE = {"test_microkernels.py", "test_packed_weight.py", "test_prepack.py"}
-NEEDS_CUDA = {"test_cuda_emulated.py", "test_cuda_routes.py"}
+NEEDS_TABLE = {"test_microkernels.py", "test_packed_weight.py"}
+NEEDS_CUDA = {"test_cuda_emulated.py"}
 
 
 @dataclass
