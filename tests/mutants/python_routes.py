@@ -25,7 +25,7 @@ MUTANTS = [
     mutant(
         "config-decoded-one-dimension-off", EAGER,
         "range(max(5 - weight.dim(), 0), 3)", "range(max(6 - weight.dim(), 0), 3)",
-        "test_operator.py::test_first_and_second_derivatives -k eager",
+        "test_operator.py::test_second_derivatives_with_a_stride_for_each_dimension",
     ),
     mutant(
         "backward-takes-weight-for-bias", EAGER,
@@ -99,7 +99,7 @@ MUTANTS = [
     mutant(
         "relu6-derivative-without-its-upper-bound", FORMULAS,
         "_aten.hardtanh_backward(grad, z, 0.0, 6.0)", "_aten.threshold_backward(grad, z, 0)",
-        "test_operator.py -k 'relu6 and (test_functional_derivatives or test_per_sample_gradients)'",
+        "test_operator.py::test_functional_derivatives_beyond_both_kinks -k relu6",
     ),
     mutant(
         "silu-derivative-sign", FORMULAS,
@@ -120,7 +120,7 @@ MUTANTS = [
     mutant(
         "autocast-casts-float64", OPS,
         "t.is_floating_point() and t.dtype != torch.float64 and", "t.is_floating_point() and",
-        "test_operator.py::test_autocast_as_conv2d",
+        "test_operator.py::test_autocast_leaves_float64_alone",
     ),
     mutant(
         "integers-pooled-before-they-are-refused", OPS,
@@ -157,7 +157,7 @@ MUTANTS = [
     mutant(
         "module-keeps-the-config-of-another-activation", MODULES,
         "            or activation is not self.activation\n", "",
-        "test_modules.py",
+        "test_modules.py::test_attributes_may_change_between_calls",
     ),
     mutant(
         "from-conv2d-takes-padding", MODULES,
@@ -174,7 +174,7 @@ MUTANTS = [
     mutant(
         "fake-stride-rounds-up", RULES,
         "[0 if s == 0 else (s - 1) // t + 1 for", "[0 if s == 0 else s // t + 1 for",
-        "test_strides.py::test_fake_tensors_have_the_real_strides -k 'True and float32'",
+        "test_strides.py::test_fake_tensors_of_nothing_have_the_real_sizes",
     ),
     mutant(
         "fake-weight-gradient-of-a-transposed-weight", RULES,
@@ -199,7 +199,7 @@ MUTANTS = [
     ),
     mutant(
         "second-derivative-not-masked", RULES,
-        "d_grad = d_grad if output is None else DERIVATIVES[activation](d_grad, output)\n", "",
+        "        d_grad = d_grad if output is None else DERIVATIVES[activation](d_grad, output)\n", "",
         "test_operator.py::test_first_and_second_derivatives",
     ),
     mutant(

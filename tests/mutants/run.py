@@ -129,16 +129,14 @@ def _told(status: int, output: str | None) -> tuple[str, str]:
         return "failed", "timeout"
     if status < 0:
         return "failed", f"crash ({signal.Signals(-status).name})"
-    found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?\[.*?\](?= - |$)|\S+)", output, re.MULTILINE)
     if status == 1:
         return "failed", found.group(1).removeprefix("tests/") if found else "a failure without a name"
     if status == 0 and re.search(r"\b\d+ passed", output):
         return "passed", ""
     if status in (0, 5):
         return "nothing", "no test was run"
-    if status == 2 and found:
-        return "failed", f"import ({found.group(1).removeprefix('tests/')})"
-    return "failed", f"pytest ended with {status}: {output.strip().splitlines()[-1:]}"
+    return "nothing", f"pytest ended with {status}: {' '.join(output.strip().splitlines()[-1:])}"
 
 
 class Baselines:
@@ -318,7 +316,7 @@ def report(mutants: list[Mutant], results: list[Result]) -> int:
         print(f"{result.outcome:<9} {result.name:<40} {result.build_seconds + result.seconds:>7.0f}  {by[:width]}")
     run = [r for r in results if r.outcome in ("caught", "survived")]
     caught = [r for r in run if r.outcome == "caught" or r.full.startswith("caught")]
-    ways = {"timeout": 0, "crash": 0, "import": 0}
+    ways = {"timeout": 0, "crash": 0}
     for r in caught:
         for way in ways:
             ways[way] += r.by.startswith(way)
