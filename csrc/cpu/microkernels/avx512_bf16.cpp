@@ -31,7 +31,7 @@ namespace {
 
 struct Avx512BFloat16 : Avx512Float32 {
   static constexpr int kKr = 2;
-  static constexpr bool kStoresHalfInRegisters = true;        // what nearly every tile is stored as
+  static constexpr bool kStoresHalfInRegisters = true;        // as bfloat16, as nearly every tile is
   typedef uint32_t P __attribute__((aligned(2), may_alias));  // two bfloat16, in place or in a panel
   using PB = P;
   using Op = __m512i;

@@ -5,6 +5,13 @@
 
 #define CONV1X1_INLINE __attribute__((always_inline))
 
+// One function for all callers: neither inlined nor copied for constant arguments.
+#if defined(__clang__)
+#define CONV1X1_NOINLINE __attribute__((noinline))
+#else
+#define CONV1X1_NOINLINE __attribute__((noinline, noclone))
+#endif
+
 #define CONV1X1_PRAGMA(x) _Pragma(#x)
 // Before a loop whose count is constant: unrolled whole, so that an array it indexes can live in registers.
 #if defined(__clang__)
