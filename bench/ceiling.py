@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from bench.harness import settle
-from bench.microkernel_table import build_config, build_extension
+from bench.microkernel_table import build_config
+from bench.object_cache import Unit, build
 
 COPY_BYTES = 256 << 20
 
@@ -25,9 +26,8 @@ COPY_BYTES = 256 << 20
 def _library() -> tuple[Any, dict[tuple[str, str], int]]:
     """The native functions, and the index of each (isa, dtype) that this CPU supports, weakest first."""
     flags = [f for f in build_config().CXX_FLAGS if not f.startswith("-ffp-contract")] + ["-ffp-contract=fast"]
-    here = Path(__file__).resolve().parent
-    build_extension("ceiling", [here / "ceiling.cpp"], flags, python_module=False)
-    lib = ctypes.CDLL(str(here.parent / "build" / "ceiling" / "conv1x1_ceiling.so"))
+    source = Path(__file__).resolve().parent / "ceiling.cpp"
+    lib = ctypes.CDLL(str(build("ceiling", [Unit(source, (*flags, "-fPIC"))], build_config().LINK_FLAGS)))
     for name in ("isa", "dtype"):
         getattr(lib, f"ceiling_{name}").restype = ctypes.c_char_p
     lib.ceiling_gflops.restype = lib.ceiling_copy.restype = ctypes.c_double

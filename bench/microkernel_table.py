@@ -1,4 +1,4 @@
-"""Builds native helpers at first use, above all the microkernel table: pybind11, NumPy arrays in, no torch between.
+"""The microkernel table, built at first use: pybind11, NumPy arrays in, no torch between.
 
 Used by the tests (every tail of every microkernel by itself) and by the microbenchmarks. Sources and flags are those of
 csrc/build_config.py, so what is tested and timed here is what the library ships.
@@ -6,20 +6,19 @@ csrc/build_config.py, so what is tested and timed here is what the library ships
 
 from __future__ import annotations
 
-import fcntl
 import functools
+import importlib.machinery
 import importlib.util
-import os
 import sys
-import threading
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch.utils import cpp_extension
+from bench.object_cache import ROOT, Unit, build
 
-ROOT = Path(__file__).resolve().parent.parent
-_lock = threading.Lock()
+MODULE, BINDING = "conv1x1_table", "cpu/table_pybind.cpp"
 
 
 @functools.cache
@@ -33,41 +32,43 @@ def build_config() -> Any:
     return module
 
 
-def build_extension(name: str, sources: list[Path], cflags: list[str], python_module: bool = True) -> Any:
-    """Compiles ``sources`` into build/``name`` unless they are unchanged, and loads the result.
+def library_flags() -> tuple[str, ...]:
+    """What a source of the library that needs neither torch nor Python is compiled with."""
+    return (*build_config().CXX_FLAGS, "-fPIC")
 
-    Processes that ask at once (pytest-xdist) take turns, and a build that was killed leaves nothing to wait for.
-    """
-    directory = ROOT / "build" / name
-    directory.mkdir(parents=True, exist_ok=True)
-    path = os.environ.get("PATH", "")
-    with _lock, open(directory / "turn", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        (directory / "lock").unlink(missing_ok=True)  # torch's own lock, which outlives a killed build
-        try:
-            # ninja is installed next to python, and a virtual environment need not be activated.
-            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-            return cpp_extension.load(
-                name=f"conv1x1_{name}",
-                sources=[str(s) for s in sources],
-                extra_cflags=cflags,
-                extra_ldflags=build_config().LINK_FLAGS,
-                build_directory=str(directory),
-                is_python_module=python_module,
-            )
-        finally:
-            os.environ["PATH"] = path
+
+def table_units() -> list[Unit]:
+    """The table's sources. One knows pybind11 and Python; the others are the library's own."""
+    import pybind11
+
+    config = build_config()
+    folders = (pybind11.get_include(), sysconfig.get_path("include"))
+    python = (f"-DTORCH_EXTENSION_NAME={MODULE}", *(part for f in folders for part in ("-isystem", f)))
+    identity = (pybind11.__version__, sys.version)
+    binding = Unit(config.CSRC / BINDING, (*library_flags(), *python), identity)
+    names = config.TABLE_SOURCES
+    return [binding if name == BINDING else Unit(config.CSRC / name, library_flags()) for name in names]
+
+
+def table_library(name: str, units: Sequence[Unit]) -> Path:
+    """The shared library of a table. They all define the same module: a process loads one of them."""
+    return build(name, units, build_config().LINK_FLAGS)
+
+
+def load(path: Path) -> ModuleType:
+    """The module of a table's library."""
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(path))
+    spec = importlib.util.spec_from_loader(MODULE, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @functools.cache
-def load_table(
-    name: str = "table", more_sources: tuple[Path, ...] = (), more_flags: tuple[str, ...] = ()
-) -> ModuleType:
+def load_table() -> ModuleType:
     """The table's module: ``list()``, ``run(...)``, ``time(...)``, ``activate(...)``; see csrc/cpu/table_pybind.cpp."""
-    config = build_config()
-    sources = [config.CSRC / source for source in config.TABLE_SOURCES]
-    module: ModuleType = build_extension(name, [*sources, *more_sources], [*config.CXX_FLAGS, *more_flags])
-    return module
+    return load(table_library("table", table_units()))
 
 
 def in_parts(x: Any, parts: int) -> Any:

@@ -1,6 +1,8 @@
 """Seeds, threads, the device and the microkernel table for the whole suite.
 
-Inputs are random and fresh in every session; the header prints CONV1X1_TEST_SEED, which repeats a failure.
+Inputs are random and fresh in every session, and so are the combinations of parameters (tests/covering.py); the header
+prints CONV1X1_TEST_SEED, which repeats a failure. CONV1X1_TEST_FULL=1 runs every combination. Tests and the processes
+that they start have one thread unless they ask for more, as two workers of pytest-xdist share the cores.
 CONV1X1_TEST_AMX is set by tests/test_amx.py: the folder of a library with emulated AMX, to be tested instead.
 CONV1X1_TEST_DEVICE=cuda makes every tensor and module on that device; what only a CPU has is skipped there, with the
 reason. CONV1X1_TEST_PART=2/4 runs the second of four parts of the tests collected: how tests/gpu_check.py shares a file
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the workers of pytest-xdist share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, which reads it once
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +54,8 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    return f"CONV1X1_TEST_SEED={os.environ['CONV1X1_TEST_SEED']} CONV1X1_TEST_DEVICE={DEVICE}"
+    products = "whole products" if os.environ.get("CONV1X1_TEST_FULL") == "1" else "covering arrays"
+    return f"CONV1X1_TEST_SEED={os.environ['CONV1X1_TEST_SEED']} CONV1X1_TEST_DEVICE={DEVICE}, {products}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,10 +82,10 @@ def seed_and_threads(request):
 
 
 @pytest.fixture(scope="session")
-def table(tmp_path_factory):
-    """The pybind11 module of the microkernels; one worker builds it, the others wait on its build lock."""
+def table():
+    """The pybind11 module of the microkernels; workers that want it share its compilation."""
     from amx import build
 
-    from bench.microkernel_table import load_table
+    from bench.microkernel_table import load, load_table
 
-    return build.table() if EMULATED_AMX else load_table()
+    return load(build.table()) if EMULATED_AMX else load_table()

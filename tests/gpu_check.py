@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from cuda_toolkit import find_nvcc, find_sanitizer  # noqa: E402
 NOT_HERE = (
     "test_amx", "test_bench", "test_determinism", "test_groups", "test_isa", "test_microkernels", "test_packed_weight",
     "test_parts", "test_prepack", "test_cuda_build", "test_cuda_emulated", "test_cuda_on_cpu_shim", "test_gpu_check",
-    "test_cuda_ptx",
+    "test_cuda_ptx", "test_covering", "test_object_cache",
 )  # fmt: skip
 # The longest first, so that no process is left with one at the end.
 LONGEST = ("test_cuda", "test_operator", "test_fprop", "test_strides", "test_wgrad", "test_avg_pool", "test_dgrad")
@@ -121,8 +122,10 @@ def run_suite(
 ) -> dict[str, Any]:
     """``workers`` plain pytest processes, a file each at a time: no plugin needed, and a crash costs one file.
 
-    ``parts`` names the files that several processes share (tests/conftest.py says how).
+    ``parts`` names the files that several processes share (tests/conftest.py says how); they collect the same tests by
+    having the same seed.
     """
+    seed = os.environ.get("CONV1X1_TEST_SEED") or str(random.SystemRandom().randrange(1 << 31))
     deadline = time.monotonic() + limit
     waiting: queue.SimpleQueue[tuple[Path, int, int]] = queue.SimpleQueue()
     found: dict[str, list[dict[str, Any]]] = {}
@@ -140,7 +143,8 @@ def run_suite(
         junit, log = out / f"{name}.xml", out / "tests" / f"{name}.log"
         command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={junit}", path]
         begin = time.monotonic()
-        status = run_limited(command, left, log, {**(env or {}), "CONV1X1_TEST_PART": f"{part + 1}/{count}"})
+        shared = {"CONV1X1_TEST_SEED": seed, "CONV1X1_TEST_PART": f"{part + 1}/{count}"}
+        status = run_limited(command, left, log, {**(env or {}), **shared})
         result = {"status": status, "seconds": round(time.monotonic() - begin, 1)}
         if status == NO_TESTS:  # a whole file skipped; the reason is in its results
             result["status"] = "passed"

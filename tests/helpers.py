@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ACTIVATIONS = (None, "relu", "relu6", "silu", "hardswish", "gelu")
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (*FLOATS, *HALVES)
+# CONV1X1_TEST_DTYPES names those of them that covering arrays shall be made of: test_amx.py's processes take one.
+_ASKED = os.environ.get("CONV1X1_TEST_DTYPES", "").split()
+DTYPES = tuple(d for d in (*FLOATS, *HALVES) if not _ASKED or str(d).removeprefix("torch.") in _ASKED)
 DEVICE = torch.device(os.environ.get("CONV1X1_TEST_DEVICE", "cpu"))
 FORMATS = ("contiguous", "channels_last")  # the layouts that the kernels read in place
 LAYOUTS = (

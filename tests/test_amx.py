@@ -36,55 +36,68 @@ def environment():
     return {"CONV1X1_ISA": "avx512_amx", "CONV1X1_TEST_AMX": str(build.package())}
 
 
-# The suite's own tests, mostly those of bfloat16: every layout, stride, group count and tail, masks, dbias, residuals,
-# pooling, prepacked weights, equal bits for any thread count, batch and alignment, the errors' bounds.
+# The suite's own tests of what AMX changes: its kernels, packing, parts and plans. Each entry is one process for the
+# workers of pytest-xdist to take; a file's may be several, each with its share of the tests.
 PARTS = {
-    "kernel": ("test_microkernels.py", "avx512_amx"),
-    "fprop": ("test_fprop.py", "bfloat16"),
-    "dgrad": ("test_dgrad.py", "bfloat16"),
-    "wgrad": ("test_wgrad.py", "bfloat16"),
-    "determinism": ("test_determinism.py", "bfloat16 or avx512_amx"),
-    "prepack": ("test_prepack.py", "bfloat16"),
-    "packed weight": ("test_packed_weight.py", "bfloat16"),
-    "avg pool": ("test_avg_pool.py", "bfloat16"),
-    "edges": ("test_edges.py", ""),
-    "parts": ("test_parts.py", ""),
-    "strides": ("test_strides.py", "bfloat16"),
-    "isa": ("test_isa.py", "avx512_amx or default or explain"),
+    "kernel": ("test_microkernels.py", "avx512_amx", 4),
+    "fprop": ("test_fprop.py", "bfloat16", 1),
+    "dgrad": ("test_dgrad.py", "bfloat16", 1),
+    "wgrad": ("test_wgrad.py", "bfloat16", 1),
+    "determinism": ("test_determinism.py", "bfloat16 or avx512_amx", 1),
+    "prepack": ("test_prepack.py", "bfloat16", 1),
+    "packed weight": ("test_packed_weight.py", "bfloat16", 1),
+    "avg pool": ("test_avg_pool.py", "bfloat16", 1),
+    "edges": ("test_edges.py", "", 1),
+    "parts": ("test_parts.py", "", 2),
+    "isa": ("test_isa.py", "avx512_amx or default or explain", 1),
 }
+SHARES = [(name, share + 1) for name, (_, _, shares) in PARTS.items() for share in range(shares)]
 
 SESSION = """
 import contextlib, ctypes, os, sys
-emulated = os.environ.get("CONV1X1_TEST_AMX")
-sys.path[:0] = [emulated] if emulated else []
+sys.path.insert(0, os.environ["CONV1X1_TEST_AMX"])
 import conv1x1_ext, pytest
-code = pytest.main(["-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-x", *sys.argv[1:]])
-if emulated:
-    # The library and, where it was loaded, the table have an emulator each; the signals go to the one loaded last.
-    libraries = [ctypes.CDLL(str(conv1x1_ext._library.path))]
-    with contextlib.suppress(OSError):
-        libraries.append(ctypes.CDLL("build/amx_table/conv1x1_amx_table.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW))
-    for lib in libraries:
-        lib.amx_count.restype = lib.amx_configured_threads.restype = ctypes.c_long
-        assert lib.amx_configured_threads() == 0, "tiles were not released"
-    print("emulated", *(sum(lib.amx_count(kind) for lib in libraries) for kind in range(7)))
+code = pytest.main(["-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-x", *sys.argv[2:]])
+# The library and, where it was loaded, the table have an emulator each; the signals go to the one loaded last.
+libraries = [ctypes.CDLL(str(conv1x1_ext._library.path))]
+with contextlib.suppress(OSError):
+    libraries.append(ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOLOAD | os.RTLD_NOW))
+for lib in libraries:
+    lib.amx_count.restype = lib.amx_configured_threads.restype = ctypes.c_long
+    assert lib.amx_configured_threads() == 0, "tiles were not released"
+print("emulated", *(sum(lib.amx_count(kind) for lib in libraries) for kind in range(7)))
 sys.exit(code)
 """
 
 
-@runnable
-@pytest.mark.parametrize("part", PARTS)
-def test_part_of_the_suite(environment, part):
-    file, chosen = PARTS[part]
-    command = [sys.executable, "-c", SESSION, str(ROOT / "tests" / file), "-k", chosen]
+@emulated
+@pytest.mark.parametrize("part,share", SHARES)
+def test_part_of_the_suite(environment, part, share):
+    """A CPU with AMX has run all of it by itself: test_the_suite_runs_what_this_cpu_has."""
+    file, chosen, shares = PARTS[part]
+    command = [sys.executable, "-c", SESSION, str(build.table()), str(ROOT / "tests" / file), "-k", chosen]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive", **environment, "PYTHONPATH": path}
+    env = {**os.environ, **environment, "PYTHONPATH": path, "CONV1X1_TEST_PART": f"{share}/{shares}"}
+    if chosen.startswith("bfloat16"):  # whose combinations with the other parameters would else be a fourth of them
+        env["CONV1X1_TEST_DTYPES"] = "bfloat16"
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-3000:]
-    if not NATIVE and part != "isa":  # whose AMX runs in processes of its own
+    if part != "isa":  # whose AMX runs in processes of its own
         (line,) = (line for line in result.stdout.splitlines() if line.startswith("emulated "))
         configured, _, released, _, loads, stores, products = map(int, line.split()[1:])
         assert configured == released > 0 and min(loads, stores, products) > 0, line
+
+
+@pytest.mark.skipif(not NATIVE, reason="this CPU has no AMX")
+@pytest.mark.skipif("CONV1X1_ISA" in os.environ, reason="CONV1X1_ISA chooses")
+def test_the_suite_runs_what_this_cpu_has(table):
+    """AMX's kernels, in every test that leaves the choice to the library, and in those of the table."""
+    assert conv1x1_ext.build_info()["isa"] == "avx512_amx"
+    x, w = torch.randn(2, 64, 14, 14), torch.randn(96, 64, 1, 1)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        kernel = conv1x1_ext.explain(x.to(dtype), w.to(dtype))["kernel"]
+        assert "_32x32_avx512_amx" in kernel, kernel
+    assert {k["operand"] for k in table.list() if k["isa"] == "avx512_amx"} == {"bfloat16", "float32", "float16"}
 
 
 LONG = """
@@ -191,10 +204,7 @@ def test_the_product_has_no_emulator():
 
 @functools.cache
 def probe_path():
-    here = ROOT / "tests" / "amx"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
-    build.build_extension("amx_probe", [here / "probe.cpp", here / "emulator.cpp"], flags, python_module=False)
-    return ROOT / "build" / "amx_probe" / "conv1x1_amx_probe.so"
+    return build.probe()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from covering import cover
 from cuda_on_cpu import build
 from cuda_on_cpu.cases import (
     BACKWARD_LAYOUTS,
@@ -62,9 +63,7 @@ def emulator():
 # --- every direction: also run under the sanitizers ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:5], ids="-".join)
-@pytest.mark.parametrize("case", SAMPLE, ids=str)
+@cover(case=SAMPLE, layouts=LAYOUTS[:5], mode=MODES)
 def test_sample(emulator, case, layouts, mode):
     fprop(emulator, case, mode, layouts, residual=True)
     backward(emulator, "dgrad", case, mode, layouts)
@@ -90,16 +89,12 @@ def test_sample_under_address_and_undefined_behaviour_sanitizers():
 # --- fprop ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cover(case=CASES, layouts=LAYOUTS, mode=MODES)
 def test_fprop(emulator, case, layouts, mode):
     fprop(emulator, case, mode, layouts)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@cover(activation=ACTIVATIONS, layouts=LAYOUTS[:2], mode=MODES)
 def test_epilogue(emulator, activation, layouts, mode):
     case = Case(2, 40, 72, (7, 9))
     fprop(emulator, case, mode, layouts, activation, bias=True, residual=True)
@@ -107,11 +102,9 @@ def test_epilogue(emulator, activation, layouts, mode):
     fprop(emulator, case, mode, layouts, activation, bias=False, residual=False)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("size", [40, 36, 34, 33])
-@pytest.mark.parametrize("offset", [0, 1, 2, 4])
-def test_alignment_tiers(emulator, size, offset, layouts, mode):
+# 3-wise: an address is aligned by size and offset together, for elements of each size.
+@cover(3, offset=(0, 1, 2, 4), size=(40, 36, 34, 33), layouts=LAYOUTS[:2], mode=MODES)
+def test_alignment_tiers(emulator, offset, size, layouts, mode):
     case = Case(2, size, size, (1, size))
     fprop(emulator, case, mode, layouts, residual=True, offset=offset)
 
@@ -131,38 +124,33 @@ def test_nan_and_infinity_reach_the_output_where_they_belong(emulator, layout, m
 # --- dgrad, wgrad ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", BACKWARD_LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cover(case=CASES, layouts=BACKWARD_LAYOUTS, mode=MODES)
 def test_dgrad(emulator, case, layouts, mode):
     backward(emulator, "dgrad", case, mode, layouts)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", BACKWARD_LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("case", (*CASES, LONG), ids=str)
+@cover(case=(*CASES, LONG), layouts=BACKWARD_LAYOUTS, mode=MODES)
 def test_wgrad(emulator, case, layouts, mode):
     backward(emulator, "wgrad", case, mode, layouts)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("direction", ["dgrad", "wgrad"])
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("layouts", (*LAYOUTS[:2], BACKWARD_LAYOUTS[-2]), ids="-".join)
+@cover(
+    3,
+    layouts=(*LAYOUTS[:2], BACKWARD_LAYOUTS[-2]),
+    activation=(None, "relu", "relu6"),
+    direction=("dgrad", "wgrad"),
+    mode=MODES,
+)
 def test_masks(emulator, layouts, activation, direction, mode):
     backward(emulator, direction, Case(3, 24, 40, (7, 7)), mode, layouts, activation)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("case", [CASES[2], LONG], ids=str)
+@cover(case=(CASES[2], LONG), layouts=LAYOUTS[:2], mode=MODES)
 def test_accumulated_weight_gradient(emulator, case, layouts, mode):
     backward(emulator, "wgrad", case, mode, layouts, accumulate=True)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("case", [CASES[2], CASES[10], LONG], ids=str)
-@pytest.mark.parametrize("wanted", ["dw", "dbias"])
+@cover(wanted=("dw", "dbias"), case=(CASES[2], CASES[10], LONG), mode=MODES)
 def test_one_of_two_gradients(emulator, wanted, case, mode):
     backward(emulator, "wgrad", case, mode, want_dw=wanted == "dw", want_dbias=wanted == "dbias")
 
@@ -170,10 +158,7 @@ def test_one_of_two_gradients(emulator, wanted, case, mode):
 # --- large tiles ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("case", LARGE_TILES, ids=str)
+@cover(case=LARGE_TILES, activation=(None, "relu"), layouts=LAYOUTS[:2], mode=MODES)
 def test_large_tiles(emulator, case, activation, layouts, mode):
     kwargs = {"activation": activation, "gpu": SMALL_GPU}
     fprop(emulator, case, mode, layouts, residual=True, **kwargs)
@@ -182,12 +167,10 @@ def test_large_tiles(emulator, case, activation, layouts, mode):
     avg_pool(emulator, case, mode, layouts[0], "silu", gpu=SMALL_GPU)
 
 
-@pytest.mark.parametrize("mode", MMA_MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("tile", range(len(MMA_TILES)), ids=MMA_TILES)
-@pytest.mark.parametrize("case", TILED, ids=str)
+# 3-wise: a kernel is of a tile, of layouts and of a mode.
+@cover(3, case=TILED, tile=MMA_TILES, layouts=LAYOUTS[:2], mode=MMA_MODES)
 def test_every_tile(emulator, case, tile, layouts, mode):
-    gpu = Gpu(90, 132, 227 << 10, only_tile=tile)
+    gpu = Gpu(90, 132, 227 << 10, only_tile=MMA_TILES.index(tile))
     for residual in (False, True):
         fprop(emulator, case, mode, layouts, residual=residual, gpu=gpu)
     for direction, activation in itertools.product(("dgrad", "wgrad"), ("relu6", None)):
@@ -225,10 +208,12 @@ def test_the_cases_do_use_every_tile(emulator):
 # --- nothing to compute ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("activation", ["relu6", None])
-@pytest.mark.parametrize("shape", [(0, 33, 3, 3), (2, 33, 0, 3), (0, 32, 4, 4)], ids=str)
+@cover(
+    shape=((0, 33, 3, 3), (2, 33, 0, 3), (0, 32, 4, 4)),
+    activation=("relu6", None),
+    layout=("contiguous", "channels_last"),
+    mode=MODES,
+)
 def test_no_images_and_no_pixels(emulator, shape, activation, layout, mode):
     """Gradients of the parameters are zeros, pooled outputs of no pixels NaN; nobody touches what is not there."""
     dtype, options = dtype_of(mode), {"allow_tf32": mode == TF32, "activation": activation}
@@ -300,9 +285,7 @@ def test_offsets_are_64_bits(emulator, layout, shape, mode):
         assert relative < (4e-3 if dtype == torch.bfloat16 else 1e-3 if mode == TF32 else 1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
-@pytest.mark.parametrize("gpu", GPUS, ids=str)
+@cover(gpu=GPUS, layouts=LAYOUTS[:2], mode=MODES)
 def test_devices(emulator, gpu, layouts, mode):
     case = Case(2, 136, 200, (9, 9))
     fprop(emulator, case, mode, layouts, gpu=gpu)
@@ -332,9 +315,7 @@ def test_tensor_cores_round_to_tf32_only_where_allowed(emulator):
     assert results[1] == [32.0]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("case", [CASES[2], CASES[7], LONG], ids=str)
-@pytest.mark.parametrize("gpu", [A10, H100], ids=str)
+@cover(gpu=(A10, H100), case=(CASES[2], CASES[7], LONG), mode=MODES)
 def test_the_same_bits_in_any_order_of_threads(emulator, gpu, case, mode):
     torch_state = torch.random.get_rng_state()
     runs = []
@@ -359,18 +340,14 @@ POOL_CASES = (
 POOL_DTYPES = tuple(m for m in MODES if m != TF32)
 
 
-@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("case", POOL_CASES, ids=str)
+@cover(case=POOL_CASES, layout=("contiguous", "channels_last", "sliced"), dtype=POOL_DTYPES)
 def test_avg_pool(emulator, case, layout, dtype):
     for activation in ("relu", "gelu"):
         avg_pool(emulator, case, dtype, layout, activation)
 
 
 # Derivatives without a jump: the recomputed pre-activation may round to the other side of one.
-@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("case", POOL_CASES, ids=str)
+@cover(case=POOL_CASES, layout=("contiguous", "channels_last", "sliced"), dtype=POOL_DTYPES)
 def test_avg_pool_backward(emulator, case, layout, dtype):
     for activation in (None, "silu", "gelu"):
         avg_pool_backward(emulator, case, dtype, layout, activation)
@@ -414,9 +391,11 @@ def test_avg_pool_backward_at_jumps(emulator, layout, activation):
         torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["relu", "relu6"])
-@pytest.mark.parametrize("layouts", BACKWARD_LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("case", [Case(2, 3, 37, (7, 7)), Case(3, 2, 8, (16, 16)), Case(1, 1, 1, (1,))], ids=str)
+@cover(
+    case=(Case(2, 3, 37, (7, 7)), Case(3, 2, 8, (16, 16)), Case(1, 1, 1, (1,))),
+    layouts=BACKWARD_LAYOUTS,
+    activation=("relu", "relu6"),
+    dtype=POOL_DTYPES,
+)
 def test_masked_copy(emulator, case, layouts, activation, dtype):
     masked_copy(emulator, case, dtype, layouts, activation)

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, DTYPES, Case, expect_ok, laid_out, randn, run_python, same_bits, weight_of
+from helpers import ACTIVATIONS, DTYPES, FORMATS, Case, expect_ok, laid_out, randn, run_python, same_bits, weight_of
+from test_isa import isas
 
 import conv1x1_ext
 
@@ -42,7 +43,7 @@ def all_same(a, b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_thread_count(case, layout, dtype):
     operands = tensors(case, dtype, layout)
@@ -66,7 +67,7 @@ def test_the_cases_do_use_several_threads():
         assert used[1] == 1 and used[5] > 1, (direction, used)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_k_slices_of_the_weight_gradient(layout):
     """Enough pixels for several slices of k, whose partial sums are joined in a fixed order."""
     case = Case(4, 24, 40, (64, 64))
@@ -81,7 +82,7 @@ def test_k_slices_of_the_weight_gradient(layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_sample_alone_or_in_a_batch(case, layout, dtype):
     x, w, b, r, dy = tensors(case, dtype, layout)
@@ -98,7 +99,7 @@ def test_a_sample_alone_or_in_a_batch(case, layout, dtype):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 33])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_batch_sizes(activation, layout, batch):
     """7x7 images: tiles span images, and which images share a tile must not matter."""
@@ -115,7 +116,7 @@ def moved(t, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_any_alignment(case, layout, dtype):
     operands = tensors(case, dtype, layout)
@@ -124,7 +125,7 @@ def test_any_alignment(case, layout, dtype):
         assert all(all_same(expected, run(case, *(moved(t, offset) for t in operands)))), offset
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_again_and_again(layout):
     operands = tensors(CASES[0], torch.float32, layout)
     torch.set_num_threads(3)
@@ -132,7 +133,7 @@ def test_again_and_again(layout):
     assert all(all(all_same(first, run(CASES[0], *operands))) for _ in range(5))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_avg_pool_any_thread_count_and_batch(activation, layout):
     x, w = laid_out((5, 64, 21, 19), torch.float32, layout), weight_of((96, 64, 1, 1), torch.float32)
@@ -166,7 +167,7 @@ def in_threads(count, function):
     return results
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_from_a_fresh_python_thread(layout):
     operands = tensors(CASES[0], torch.float32, layout)
     torch.set_num_threads(3)
@@ -192,7 +193,7 @@ assert seen == ["3"], seen
     expect_ok(run_python(code))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", FORMATS)
 def test_concurrent_python_threads(layout):
     torch.set_num_threads(2)
     operands = [tensors(case, torch.float32, layout) for case in CASES[:4]]
@@ -208,12 +209,12 @@ def test_concurrent_python_threads(layout):
 def test_every_instruction_set(isa):
     code = """
 import torch, test_determinism as t
-for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    for layout in ("contiguous", "channels_last"):
-        for case in t.CASES[:5]:
-            t.test_any_thread_count(case, layout, dtype)
-            t.test_a_sample_alone_or_in_a_batch(case, layout, dtype)
+from covering import rows_of
+factors = {"case": t.CASES[:5], "layout": t.FORMATS, "dtype": (torch.float32, torch.float64, torch.bfloat16)}
+for case, layout, dtype in rows_of(factors):
+    t.test_any_thread_count(case, layout, dtype)
+    t.test_a_sample_alone_or_in_a_batch(case, layout, dtype)
 """
-    if isa not in {n.split("_", 2)[2] for n in conv1x1_ext.build_info()["microkernels"].split(", ")} | {"scalar"}:
+    if isa not in isas():
         pytest.skip(f"this CPU does not run {isa}")
     expect_ok(run_python(code, CONV1X1_ISA=isa))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import cover
 from helpers import (
     ACTIVATIONS,
     DTYPES,
@@ -24,9 +25,7 @@ import conv1x1_ext
 ONLY_INPUT = (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@cover(case=GRADIENT_CASES, layout=FORMATS, dtype=DTYPES)
 def test_shapes(case, layout, dtype):
     x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, layout)
     check_gradients(
@@ -54,20 +53,16 @@ def test_pixel_tails(layout, dtype):
         check_gradients(x, w, None, activation="relu6", need=ONLY_INPUT)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("dy_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", FORMATS)
-def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype):
+@cover(layout=FORMATS, dy_layout=LAYOUTS, activation=(None, "relu", "relu6"), dtype=DTYPES, threads=(1, 3))
+def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype, threads):
+    torch.set_num_threads(threads)
     for case in GRAD_OUTPUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
         dy = laid_out(case.y_shape, dtype, dy_layout)
         check_gradients(x, w, None, case.stride, activation=activation, dy=dy, need=ONLY_INPUT)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("layout", FORMATS)
+@cover(layout=FORMATS, activation=(None, "relu", "silu"), dtype=DTYPES)
 def test_grad_output_of_stride_zero(layout, activation, dtype):
     """What y.sum().backward() sends."""
     x, w = laid_out((2, 9, 6, 5), dtype, layout), weight_of((11, 9, 1, 1), dtype)
@@ -76,19 +71,15 @@ def test_grad_output_of_stride_zero(layout, activation, dtype):
     check_gradients(x, w, activation=activation, dy=dy, need=ONLY_INPUT)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
-def test_layouts(layout, weight_layout, dtype):
+@cover(weight_layout=WEIGHT_LAYOUTS, layout=LAYOUTS, dtype=DTYPES)
+def test_layouts(weight_layout, layout, dtype):
     for case in LAYOUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype, weight_layout)
         check_gradients(x, w, None, case.stride, groups=case.groups, activation="relu", need=ONLY_INPUT)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_activations(activation, stride, dtype):
+@cover(stride=(1, 2), activation=ACTIVATIONS, dtype=DTYPES)
+def test_activations(stride, activation, dtype):
     for layout in FORMATS:
         case = Case(2, 24, 18, (7, 9), stride, 2)
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from covering import cover
 from helpers import (
     ACTIVATIONS,
     CASES,
+    DEVICE,
     DTYPES,
     FLOATS,
     FORMATS,
@@ -14,6 +16,8 @@ from helpers import (
     check_forward,
     laid_out,
     randn,
+    same_bits,
+    stock_forward,
     weight_of,
 )
 
@@ -24,9 +28,7 @@ def make(case, dtype, layout="contiguous", weight_layout="contiguous"):
     return laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, weight_layout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cover(case=CASES, layout=FORMATS, dtype=DTYPES)
 def test_shapes(case, layout, dtype):
     x, w = make(case, dtype, layout, layout)
     b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout, case.channel)
@@ -51,27 +53,23 @@ def test_pixel_tails(layout, dtype):
         check_forward(x, w, randn((9,), dtype), activation="relu6")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
-def test_layouts(layout, weight_layout, dtype):
+@cover(weight_layout=WEIGHT_LAYOUTS, layout=LAYOUTS, dtype=DTYPES, threads=(1, 3))
+def test_layouts(weight_layout, layout, dtype, threads):
+    torch.set_num_threads(threads)
     for case in (Case(3, 20, 12, (6, 9), 1, 2), Case(2, 70, 66, (8, 8), 2), Case(4, 65, 64, (4, 4))):
         x, w = make(case, dtype, layout, weight_layout)
         check_forward(x, w, None, case.stride, groups=case.groups)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spatial,batched", [((9,), True), ((9,), False), ((5, 6), False), ((3, 4, 5), True)], ids=str)
-def test_layouts_in_other_dimensions(spatial, batched, layout, dtype):
+@cover(shape=(((9,), True), ((9,), False), ((5, 6), False), ((3, 4, 5), True)), layout=LAYOUTS, dtype=FLOATS)
+def test_layouts_in_other_dimensions(shape, layout, dtype):
+    spatial, batched = shape
     case = Case(3, 10, 14, spatial, 2, 2, batched)
     x, w = make(case, dtype, layout)
     check_forward(x, w, randn((14,), dtype), 2, groups=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual_layout", [None, *LAYOUTS])
+@cover(activation=ACTIVATIONS, residual_layout=(None, *LAYOUTS), dtype=DTYPES)
 def test_epilogue(activation, residual_layout, dtype):
     for case in (Case(2, 24, 18, (7, 9)), Case(2, 18, 24, (6, 6), 2, 2)):
         for layout in FORMATS:
@@ -111,16 +109,37 @@ def test_k_of_several_blocks(layout):
         check_forward(x, w)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("c_out", [128, 131])
+def check_batch(x, w, b, groups=1, residual=None):
+    """Of results so large that the whole reference takes seconds: on the CPU one sample by it; of others the bits that
+    they have alone, which is promised there; all of them roughly."""
+    y = conv1x1_ext.conv1x1(x, w, b, groups=groups, activation="relu", residual=residual)
+    if DEVICE.type != "cpu":
+        check_forward(x, w, b, groups=groups, activation="relu", residual=residual, ours=y)
+        return
+    floats = [None if t is None else t.float() for t in (x, w, b, residual)]
+    stock = stock_forward(*floats[:3], groups=groups, activation="relu", residual=floats[3])
+    eps = torch.finfo(y.dtype).eps
+    torch.testing.assert_close(y.float(), stock, rtol=2 * eps, atol=1e-3)
+    for i in {0, len(x) // 2, len(x) - 1}:
+        r = None if residual is None else residual[i : i + 1]
+        alone = conv1x1_ext.conv1x1(x[i : i + 1], w, b, groups=groups, activation="relu", residual=r)
+        assert same_bits(y[i : i + 1], alone), i
+    last = slice(len(x) - 1, None)
+    r = None if residual is None else residual[last]
+    check_forward(x[last], w, b, groups=groups, activation="relu", residual=r, ours=y[last])
+
+
+@cover(c_out=(128, 131), layout=FORMATS, dtype=(torch.float32, torch.bfloat16, torch.float16))
 def test_results_stored_past_the_caches(c_out, layout, dtype):
     """Over 32 MiB; 131 channels last are not whole lines."""
-    x, w = make(Case(4 // dtype.itemsize, 3, c_out, (8, 8708)), dtype, layout)
-    assert x.shape[0] * c_out * 8 * 8708 * dtype.itemsize > 32 << 20
-    b, r = randn((c_out,), dtype), laid_out((x.shape[0], c_out, 8, 8708), dtype, layout, 1)
-    check_forward(x, w, b, activation="relu", residual=r)
-    check_forward(x, w, b)
+    case = Case(16 // dtype.itemsize, 3, c_out, (8, 2177))
+    x, w = make(case, dtype, layout)
+    if DEVICE.type == "cpu":
+        stores = [conv1x1_ext.explain(t, w)["stores"].split()[0] for t in (x, x[:1])]
+        assert stores == ["past", "through"]
+    b, r = randn((c_out,), dtype), laid_out(case.y_shape, dtype, layout)
+    check_batch(x, w, b, residual=r)
+    check_batch(x, w, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -129,7 +148,7 @@ def test_results_stored_past_the_caches(c_out, layout, dtype):
     "case",
     [
         Case(1, 64, 56, (6, 8)), Case(2, 96, 120, (28, 28)), Case(2, 64, 88, (55, 55)), Case(3, 128, 184, (9, 11)),
-        Case(2, 320, 65, (28, 28)), Case(1, 64, 96, (420, 420), 1, 2),
+        Case(2, 320, 65, (28, 28)), Case(25, 64, 96, (84, 84), 1, 2),
     ],
     ids=str,
 )  # fmt: skip
@@ -137,7 +156,7 @@ def test_whole_tiles_beside_partial_ones(case, layout, dtype):
     """Without a residual AMX's whole tiles have a loop of their own, whose first tile finishes one of another kind."""
     x, w = make(case, dtype, layout)
     for b in (None, randn((case.c_out,), dtype)):
-        check_forward(x, w, b, groups=case.groups, activation="relu")
+        check_batch(x, w, b, groups=case.groups)
 
 
 def test_strides_beyond_the_compact_encoding():

@@ -98,22 +98,26 @@ def test_results_of_the_suite(suite):
     assert run_suite([suite / "test_good.py"], 1, 60, suite / "out")["status"] == "passed"
 
 
-def test_a_file_in_parts(tmp_path):
-    """By this suite's own conftest.py: every test runs once, in one of the parts, and the file's results are whole."""
+def test_a_file_in_parts(tmp_path, monkeypatch):
+    """By this suite's own conftest.py: every test runs once, in one of the parts, and the file's results are whole. The
+    parts have one seed, or their covering arrays would differ."""
+    monkeypatch.delenv("CONV1X1_TEST_SEED")
     tests = tmp_path / "tests"
     tests.mkdir()
     shutil.copy(gpu_check.ROOT / "tests" / "conftest.py", tests)
     (tests / "test_many.py").write_text(
         "import os, pathlib, pytest\n"
+        "SEED = os.environ['CONV1X1_TEST_SEED']\n"
         "@pytest.mark.parametrize('i', range(20))\n"
         "def test_a(i):\n"
-        f"    with open({str(tmp_path / 'ran')!r}, 'a') as f: f.write(f'{{os.getpid()}} {{i}}\\n')\n"
+        f"    with open({str(tmp_path / 'ran')!r}, 'a') as f: f.write(f'{{os.getpid()}} {{i}} {{SEED}}\\n')\n"
         "    assert i != 5\n"
         "    if i in (6, 7): pytest.skip('no moon')\n"
     )
     found = run_suite([tests / "test_many.py"], 3, 120, tmp_path / "out", None, {"test_many": 3})
     ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
-    assert sorted(int(i) for _, i in ran) == list(range(20)) and len({process for process, _ in ran}) > 1
+    assert sorted(int(i) for _, i, _ in ran) == list(range(20)) and len({process for process, _, _ in ran}) > 1
+    assert len({seed for _, _, seed in ran}) == 1
     assert found["counts"] == {"passed": 17, "failed": 1, "skipped": 2}
     file = found["files"]["test_many"]
     assert file["counts"] == found["counts"] and file["skips"] == {"no moon": 2} and len(file["failures"]) == 1

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.cpu_only(reason="instruction sets of the CPU")
 
 COMPACT = """
 import sys, torch, conv1x1_ext
+from covering import rows_of
 from helpers import *
 torch.manual_seed({seed})
 isa = {isa!r}
@@ -20,16 +21,14 @@ x, w = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1)
 assert conv1x1_ext.explain(x, w)["isa"].split()[0].rstrip(",:") == isa
 cases = [Case(2, 64, 96, (14, 14)), Case(3, 33, 17, (7, 7), 2), Case(1, 130, 50, (9, 5)), Case(2, 24, 36, (6, 5), 1, 4),
          Case(1, 5, 3, (11,)), Case(2, 7, 9, (3, 4, 5), 2), Case(4, 257, 10, (1, 1))]
-for dtype in (*FLOATS, *HALVES):
-    for layout in ("contiguous", "channels_last", "sliced"):
-        for case in cases:
-            for activation in ACTIVATIONS:
-                x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
-                b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout)
-                rest = dict(groups=case.groups, activation=activation, residual=r)
-                check_forward(x, w, b, case.stride, **rest)
-                if layout != "sliced":
-                    check_gradients(x, w, b, case.stride, **rest)
+factors = {{"case": cases, "layout": ("contiguous", "channels_last", "sliced"), "activation": ACTIVATIONS, "dtype": DTYPES}}
+for case, layout, activation, dtype in rows_of(factors, 3, seed="{seed}"):
+    x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
+    b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout)
+    rest = dict(groups=case.groups, activation=activation, residual=r)
+    check_forward(x, w, b, case.stride, **rest)
+    if layout != "sliced":
+        check_gradients(x, w, b, case.stride, **rest)
 print("ok")
 """
 
@@ -39,9 +38,14 @@ def isa_of(microkernel):
     return microkernel.split("_", 2)[2].replace("portable", "scalar")
 
 
+def isas():
+    """Those of this CPU."""
+    return {isa_of(name) for name in conv1x1_ext.build_info()["microkernels"].split(", ")}
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "avx512_amx"])
 def test_each_instruction_set(isa):
-    if isa not in map(isa_of, conv1x1_ext.build_info()["microkernels"].split(", ")):
+    if isa not in isas():
         pytest.skip(f"this CPU does not run {isa}")
     code = COMPACT.format(isa=isa, seed=torch.initial_seed() % (1 << 31))
     assert "ok" in expect_ok(run_python(code, CONV1X1_ISA=isa))

@@ -4,11 +4,11 @@ Memory is asserted, never time. The processes that are measured are fresh ones, 
 freed, so that resident memory is what is in use.
 """
 
-import itertools
 import sys
 
 import pytest
 import torch
+from covering import cover
 from helpers import ACTIVATIONS, DEVICE, DTYPES, FORMATS, ROOT, expect_ok, laid_out, randn, run_python
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,9 +37,7 @@ def places(*tensors):
     return sorted((t.data_ptr(), t.numel() * t.element_size()) for t in tensors)
 
 
-@pytest.mark.parametrize("dtype,layout", list(itertools.product(DTYPES, FORMATS)), ids=str)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@cover(activation=ACTIVATIONS, residual=(False, True), dtype=DTYPES, layout=FORMATS)
 def test_autograd_saves_x_w_and_y_or_the_preactivation(activation, residual, dtype, layout):
     x, w, b = laid_out((2, 8, 6, 5), dtype, layout), randn((12, 8, 1, 1), dtype), randn((12,), dtype)
     r = laid_out((2, 12, 6, 5), dtype, layout) if residual else None
@@ -95,7 +93,8 @@ def workspace_bound(layer, dtype, direction, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_workspaces_are_bounded(dtype, layout, direction):
     """Over every layer of bench/shapes."""
-    threads = torch.get_num_threads()
+    threads = 2
+    torch.set_num_threads(threads)
     for layer in load_shapes(NETS, [1, 16, 64]):
         c, h, w = layer.c_in, layer.h, layer.w
         strides = (c * h * w, h * w, w, 1) if layout == "contiguous" else (c * h * w, 1, w * c, c)
@@ -170,7 +169,7 @@ def test_explain_casts_nothing_under_autocast(layout):
 # Freed blocks go back to the system at once, whatever their size, and there is one arena.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0", "OMP_NUM_THREADS": "2", "CONV1X1_TEST_DEVICE": "cpu",
+    "MALLOC_TOP_PAD_": "0", "CONV1X1_TEST_DEVICE": "cpu",
 }  # fmt: skip
 
 SHAPES = """
@@ -196,7 +195,7 @@ def steps(count):
 
 steps(60)
 before = resident()
-steps(400)
+steps(200)
 print(resident() - before)
 """
 
@@ -204,15 +203,14 @@ print(resident() - before)
 @CPU_ONLY
 @LINUX
 def test_many_shapes_do_not_grow_the_process():
-    """400 shapes, never one twice: a packed weight kept for each would be some 60 MiB, an output some 150."""
+    """200 shapes, never one twice: a packed weight kept for each would be some 30 MiB, an output some 75."""
     grown = int(expect_ok(run_python(SHAPES, **ENVIRONMENT)))
     assert grown < 8 * MIB, f"{grown / MIB:.1f} MiB"
 
 
 STEP = """
-import resource, torch, torch.nn.functional as F, conv1x1_ext
-who, dtype, layout = "{who}", torch.{dtype}, torch.{layout}
-torch.set_num_threads(2)
+import os, resource, torch, torch.nn.functional as F, conv1x1_ext
+dtype, layout = torch.{dtype}, torch.{layout}
 n, c_in, c_out, size = 16, 64, 256, 56
 
 def kib(field):
@@ -221,41 +219,45 @@ def kib(field):
 def normal(*shape):
     return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
 
-x = normal(n, c_in, size, size).requires_grad_()
-w = (normal(c_out, c_in, 1, 1) * 0.1).requires_grad_()
-b, dy = torch.randn(c_out).to(dtype).requires_grad_(), normal(n, c_out, size, size)
-forward = {{
-    "ours": lambda x: conv1x1_ext.conv1x1(x, w, b, activation="relu"),
-    "stock": lambda x: F.relu(F.conv2d(x, w, b)),
-    "stock_in_place": lambda x: F.relu(F.conv2d(x, w, b), inplace=True),
-}}[who]
+def measure(forward):
+    x = normal(n, c_in, size, size).requires_grad_()
+    w = (normal(c_out, c_in, 1, 1) * 0.1).requires_grad_()
+    b, dy = torch.randn(c_out).to(dtype).requires_grad_(), normal(n, c_out, size, size)
 
-def step(x):
-    torch.autograd.grad(forward(x), (x, w, b), dy[: x.shape[0]])
+    def step(x):
+        torch.autograd.grad(forward(x, w, b), (x, w, b), dy[: x.shape[0]])
 
-step(x.detach()[:1].requires_grad_())  # whatever is made once
-try:
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-    before = kib("VmRSS")
-    step(x)
-    print((kib("VmHWM") - before) << 10)
-except OSError:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(x)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+    step(x.detach()[:1].requires_grad_())  # whatever is made once
+    try:
+        open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+        before = kib("VmRSS")
+        step(x)
+        return (kib("VmHWM") - before) << 10
+    except OSError:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step(x)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+
+for who, forward in (
+    ("ours", lambda x, w, b: conv1x1_ext.conv1x1(x, w, b, activation="relu")),
+    ("stock", lambda x, w, b: F.relu(F.conv2d(x, w, b))),
+    ("stock_in_place", lambda x, w, b: F.relu(F.conv2d(x, w, b), inplace=True)),
+):
+    child = os.fork()  # nothing has been computed yet
+    if child == 0:
+        print(who, measure(forward), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
 @CPU_ONLY
 @LINUX
-@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@cover(1, dtype=("float32", "bfloat16"), layout=("contiguous_format", "channels_last"))
 def test_a_training_step_peaks_below_stock(dtype, layout):
     """16 x 64 -> 256, 56x56, forward and backward: even below stock with its ReLU in place, as ours makes no dz."""
-    peak = {
-        who: int(expect_ok(run_python(STEP.format(who=who, dtype=dtype, layout=layout), **ENVIRONMENT)))
-        for who in ("ours", "stock", "stock_in_place")
-    }
+    lines = expect_ok(run_python(STEP.format(dtype=dtype, layout=layout), **ENVIRONMENT)).splitlines()
+    peak = {who: int(size) for who, size in map(str.split, lines)}
     print({who: f"{p / MIB:.1f} MiB" for who, p in peak.items()})
     y = 16 * 256 * 56 * 56 * (4 if dtype == "float32" else 2)
     dx = y // 4

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from covering import cover, full
 from helpers import ACTIVATIONS, DEVICE, DTYPES, FLOATS, FORMATS, HALVES, conv, laid_out, opcheck, randn, stock_forward
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -23,19 +24,25 @@ def operands(dtype=torch.float64, layout="contiguous", grad=True, stride=1, grou
     return [t.requires_grad_(grad) for t in (x, w, b, r)]
 
 
-PRODUCT = list(itertools.product(DTYPES, FORMATS, (True, False), (True, False), ACTIVATIONS, (True, False)))
+BOTH = (True, False)
 
 
-@pytest.mark.parametrize("dtype,layout,bias,residual,activation,grad", PRODUCT, ids=str)
+@cover(
+    whole=("dtype", "layout", "bias", "grad"),
+    dtype=DTYPES,
+    layout=FORMATS,
+    bias=BOTH,
+    residual=BOTH,
+    activation=ACTIVATIONS,
+    grad=BOTH,
+)
 def test_opcheck(dtype, layout, bias, residual, activation, grad):
     x, w, b, r = operands(dtype, layout, grad, 2)
     args = (x, w, b if bias else None, r if residual else None, [2], 2, activation or "none", False)
     opcheck(ops.conv1x1.default, args)
 
 
-@pytest.mark.parametrize("dtype,layout", list(itertools.product(FLOATS, FORMATS)), ids=str)
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-@pytest.mark.parametrize("grad", [True, False])
+@cover(whole=("grad", "layout", "dtype"), grad=BOTH, activation=("none", "relu", "relu6"), layout=FORMATS, dtype=FLOATS)
 def test_opcheck_of_backward(grad, activation, layout, dtype):
     x, w, _, r = operands(dtype, layout, grad)
     y = ops.conv1x1(x, w, None, None, [1], 2, activation, False).detach()
@@ -43,8 +50,7 @@ def test_opcheck_of_backward(grad, activation, layout, dtype):
     opcheck(ops.conv1x1_backward.default, args)
 
 
-@pytest.mark.parametrize("dtype,layout", list(itertools.product(FLOATS, FORMATS)), ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@cover(activation=ACTIVATIONS, layout=FORMATS, dtype=FLOATS)
 def test_opcheck_of_avg_pool(activation, layout, dtype):
     x, w, b, _ = operands(dtype, layout)
     opcheck(ops.conv1x1_avg_pool.default, (x, w, b, 2, activation or "none", False))
@@ -66,10 +72,7 @@ def off_the_kinks(x, w, b, r, stride):
             b.copy_(torch.randn_like(b))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("route", ["eager", "public"])
+@cover(route=("eager", "public"), layout=FORMATS, stride=(1, 2), activation=ACTIVATIONS)
 def test_first_and_second_derivatives(route, layout, stride, activation):
     x, w, b, r = operands(layout=layout, stride=stride)
     off_the_kinks(x, w, b, r, stride)
@@ -114,10 +117,13 @@ def gradients(function, x, module):
     [*itertools.product(["aot_eager"], FORMATS, [None, "relu", "silu"]), ("inductor", "contiguous", "silu")],
 )
 def test_compile_with_dynamic_shapes_and_gradients(backend, layout, activation):
-    if backend == "inductor" and DEVICE.type == "cuda":
-        pytest.importorskip("triton", reason="Inductor's CUDA kernels are Triton's")
-    torch._dynamo.reset()
     net = Net(activation)
+    if backend == "inductor":
+        if DEVICE.type == "cuda":
+            pytest.importorskip("triton", reason="Inductor's CUDA kernels are Triton's")
+        if not full():  # a layer alone, as the host's compiler takes most of half a minute for all of it
+            net = net.a
+    torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=backend)
     for n, h, w in ((2, 6, 5), (3, 9, 8)):
         x = laid_out((n, 4, h, w), torch.float32, layout).requires_grad_()

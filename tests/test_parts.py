@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import cover
 
 from conv1x1_ext import Conv1x1, build_info, conv1x1, conv1x1_avg_pool, explain
 
 pytestmark = pytest.mark.cpu_only(reason="the CPU's kernels")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+PARTED = (torch.float32, torch.float16)
 INF, NAN = math.inf, math.nan
 
 
@@ -21,9 +23,12 @@ def layout(request):
     return request.param
 
 
-@pytest.fixture(params=[{}, {"c_out": 24, "size": 9}], ids=["tiles of the weight", "one tile"])
+# What make() takes: of a weight that is one tile, activations are read in place.
+SIZES = {"tiles of the weight": {}, "one tile": {"c_out": 24, "size": 9}}
+
+
+@pytest.fixture(params=SIZES.values(), ids=list(SIZES))
 def sizes(request):
-    """What make() takes: of a weight that is one tile, activations are read in place."""
     return request.param
 
 
@@ -55,12 +60,17 @@ def check(y, reference, x, w, units=64):
     assert ((y.double() - reference).abs() <= allowed)[finite].all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("bad", [NAN, INF, -INF, "largest"])
-@pytest.mark.parametrize("where", ["x", "w", "both"])
-@pytest.mark.parametrize("c_in", [96, 600, 1100])  # 600: several chains; 1100: several pieces of k as well
+@cover(
+    3,
+    layout=LAYOUTS,
+    sizes=SIZES,
+    c_in=(96, 600, 1100),  # 600: several chains; 1100: several pieces of k as well
+    where=("x", "w", "both"),
+    bad=(NAN, INF, -INF, "largest"),
+    dtype=PARTED,
+)
 def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, sizes, dtype, bad, where, c_in):
-    x, w = make(layout, dtype, c_in=c_in, **sizes)
+    x, w = make(LAYOUTS[layout], dtype, c_in=c_in, **SIZES[sizes])
     clean = conv1x1(x, w)
     bad = torch.finfo(dtype).max if bad == "largest" else bad
     by_x, by_w = (torch.zeros_like(clean, dtype=torch.bool) for _ in range(2))
@@ -132,7 +142,7 @@ def test_zeros_stay_zero(layout, sizes):
 
 
 @pytest.mark.parametrize("c_in", [88, 96])  # 88: a tail, which lies beside the next pixel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", PARTED, ids=str)
 def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, sizes, dtype, c_in):
     x, w = make(layout, dtype, n=5, c_in=c_in, **sizes)
     x[2, :, 6, 6] = 0
@@ -145,7 +155,7 @@ def test_a_sample_has_its_bits_whatever_stands_beside_it(layout, sizes, dtype, c
         assert torch.equal(conv1x1(x, w)[2:3], alone), value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", PARTED, ids=str)
 @pytest.mark.parametrize(
     ("c_in", "c_out", "size"),
     [(80, 72, 9), (1100, 72, 7), (1100, 72, 12), (2080, 72, 7), (150, 40, 9), (1100, 24, 9), (70, 17, 12)],
@@ -156,7 +166,7 @@ def test_bits_do_not_depend_on_the_layout(c_in, c_out, size, dtype):
     assert torch.equal(conv1x1(x, w), conv1x1(x.to(memory_format=torch.channels_last), w))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", PARTED, ids=str)
 @pytest.mark.parametrize(
     ("c_in", "c_out", "size", "parts"),
     [(64, 64, 6, True), (64, 16, 8, True), (64, 32, 8, True), (63, 32, 8, False), (64, 15, 8, False),
@@ -170,16 +180,21 @@ def test_which_layers_are_multiplied_in_parts(layout, dtype, c_in, c_out, size, 
     assert kernel.endswith("_32x32_avx512_amx: for " + str(dtype)[6:] + " in avx512_amx") == parts, kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("c", [16, 31])
-@pytest.mark.parametrize(("k", "size", "cut"), [(64, 8, 0), (90, 9, 0), (300, 12, 0), (600, 13, 1), (65, 20, 3)])
-def test_activations_split_between_products(layout, dtype, activation, c, k, size, cut):
+@cover(
+    3,
+    layout=LAYOUTS,
+    image=((64, 8, 0), (90, 9, 0), (300, 12, 0), (600, 13, 1), (65, 20, 3)),
+    c=(16, 31),
+    activation=(None, "relu", "relu6"),
+    dtype=PARTED,
+)
+def test_activations_split_between_products(layout, image, c, activation, dtype):
     """Forward to c channels and dx of c channels: tails of k and of pixels, which span images; a cropped image, whose
     pixels are no one run; a mask; a residual. A sample alone and a batch have the same bits."""
+    k, size, cut = image
 
     def batch(channels):
-        return torch.randn(3, channels, size, size + cut).to(dtype).to(memory_format=layout)[..., :size]
+        return torch.randn(3, channels, size, size + cut).to(dtype).to(memory_format=LAYOUTS[layout])[..., :size]
 
     x, w, residual = batch(k), (torch.randn(c, k, 1, 1) / k**0.5).to(dtype), batch(c)
     if build_info()["isa"] == "avx512_amx" and not cut:
@@ -199,12 +214,12 @@ def test_activations_split_between_products(layout, dtype, activation, c, k, siz
     assert torch.equal(one[1:2], dx[1:2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("c_in", "c_out"), [(64, 80), (88, 300), (600, 72)])
-def test_rows_packed_between_products(dtype, activation, stride, c_in, c_out):
+@cover(
+    3, channels=((64, 80), (88, 300), (600, 72)), stride=(1, 2), activation=(None, "relu", "relu6"), dtype=PARTED
+)
+def test_rows_packed_between_products(channels, stride, activation, dtype):
     """Forward and dx: tails of rows, of k and of columns, a mask, rows of the image that are left out."""
+    c_in, c_out = channels
     x, w = make(torch.channels_last, dtype, n=2, c_in=c_in, c_out=c_out, size=13)
     x, w = (2 * x).requires_grad_(), w.requires_grad_()
     if build_info()["isa"] == "avx512_amx" and c_in < 600:  # whose weight half of a small L2 does not hold
@@ -278,7 +293,7 @@ def test_float16_products_are_exact(layout):
     assert (conv1x1(x, w) == 2.0**-20).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", PARTED, ids=str)
 def test_panels_made_beforehand_keep_special_values(layout, dtype):
     x, w = make(layout, dtype)
     w[3, 8], w[60, 90], w[61] = INF, NAN, w[61] * 2.0**-12

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from covering import cover, full
 from helpers import DTYPES, FLOATS, FORMATS, HALVES, LAYOUTS, WEIGHT_LAYOUTS, conv, laid_out, weight_of
 from torch._subclasses import FakeTensorMode
 
@@ -13,13 +14,13 @@ import conv1x1_ext
 SPATIAL = {1: [(7,), (1,)], 2: [(5, 6), (1, 6), (5, 1), (1, 1)], 3: [(2, 3, 4), (1, 3, 1), (1, 1, 1), (2, 1, 1)]}
 
 
-def grid(dims, batched, dtype):
-    """Every memory format of input and weight with every pattern of sizes of one; a sample of the rest."""
+def grid(dims, batched, dtype, share=0.5):
+    """Every memory format of input and weight with every pattern of sizes of one; a share of the rest."""
     for spatial, n, (c_in, c_out) in itertools.product(
         SPATIAL[dims], (1, 3) if batched else (1,), ((1, 1), (4, 1), (1, 6), (4, 6))
     ):
         for x_layout, w_layout in itertools.product(LAYOUTS, WEIGHT_LAYOUTS):
-            if random.random() < 0.5 and x_layout not in ("contiguous", "channels_last"):
+            if not full() and random.random() >= share and x_layout not in ("contiguous", "channels_last"):
                 continue
             groups = random.choice([g for g in (1, 2) if c_in % g == 0 and c_out % g == 0])
             stride = random.choice([1, 2, tuple(random.choice([1, 3]) for _ in spatial)])
@@ -46,12 +47,10 @@ def test_strides_of_stock(dims, batched, dtype):
         assert conv1x1_ext.conv1x1(x, w, None, stride, groups=groups).stride() == expected.stride(), what
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@cover(dims=(1, 2, 3), batched=(True, False), dtype=DTYPES)
 def test_fake_tensors_have_the_real_strides(dims, batched, dtype):
     mode = FakeTensorMode()
-    for x, w, stride, groups, what in grid(dims, batched, dtype):
+    for x, w, stride, groups, what in grid(dims, batched, dtype, 0.2):
         real = conv1x1_ext.conv1x1(x, w, None, stride, groups=groups, activation="relu")
         with mode:
             fake = conv1x1_ext.conv1x1(
@@ -73,7 +72,7 @@ def test_fake_tensors_of_nothing_have_the_real_sizes(shape):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fake_gradients_have_the_real_strides(dims, dtype):
     mode, backward = FakeTensorMode(), torch.ops.conv1x1_ext.conv1x1_backward
-    for x, w, stride, groups, what in grid(dims, True, dtype):
+    for x, w, stride, groups, what in grid(dims, True, dtype, 0.2):
         y = conv1x1_ext.conv1x1(x, w, None, stride, groups=groups, activation="relu")
         stride = [stride] * dims if isinstance(stride, int) else list(stride)
         rest = (stride, groups, "relu", False, True, True, True, True)

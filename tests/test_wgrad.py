@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from covering import cover
 from helpers import (
     ACTIVATIONS,
     DEVICE,
@@ -30,9 +31,7 @@ PARAMETERS = (0, 1, 1, 0)
 WGRAD_CASES = [*GRADIENT_CASES, Case(13, 65, 40, (7, 7), 2), Case(129, 9, 10, (1, 1))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("case", WGRAD_CASES, ids=str)
+@cover(case=WGRAD_CASES, layout=FORMATS, dtype=DTYPES)
 def test_shapes(case, layout, dtype):
     x, w = laid_out(case.x_shape, dtype, layout, case.channel), weight_of(case.w_shape, dtype, layout)
     b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout, case.channel)
@@ -94,11 +93,9 @@ def test_long_sums_stay_accurate(layout, activation):
         check_gradients(x, w, randn((c_out,), torch.float32), activation=activation, need=PARAMETERS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("dy_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", FORMATS)
-def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype):
+@cover(layout=FORMATS, dy_layout=LAYOUTS, activation=(None, "relu"), dtype=DTYPES, threads=(1, 3))
+def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype, threads):
+    torch.set_num_threads(threads)
     for case in GRAD_OUTPUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
         dy, r = laid_out(case.y_shape, dtype, dy_layout), laid_out(case.y_shape, dtype, layout)
@@ -107,9 +104,7 @@ def test_grad_output_of_any_layout(layout, dy_layout, activation, dtype):
         check_gradients(x, w, randn((case.c_out,), dtype), case.stride, need=PARAMETERS, **plain)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "gelu"])
-@pytest.mark.parametrize("layout", FORMATS)
+@cover(layout=FORMATS, activation=(None, "relu", "relu6", "gelu"), dtype=DTYPES)
 def test_grad_output_of_stride_zero(layout, activation, dtype):
     x, w = laid_out((2, 9, 6, 5), dtype, layout), weight_of((11, 9, 1, 1), dtype)
     dy = torch.ones((), dtype=dtype).expand(2, 11, 6, 5)
@@ -117,18 +112,16 @@ def test_grad_output_of_stride_zero(layout, activation, dtype):
     check_gradients(x, w, randn((11,), dtype), activation=activation, residual=r, dy=dy, need=(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
-def test_layouts(layout, weight_layout, dtype):
+@cover(weight_layout=WEIGHT_LAYOUTS, layout=LAYOUTS, dtype=DTYPES)
+def test_layouts(weight_layout, layout, dtype):
     for case in LAYOUT_CASES:
         x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype, weight_layout)
         check_gradients(x, w, randn((case.c_out,), dtype), case.stride, groups=case.groups, need=PARAMETERS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "sliced", "expanded_batch"])
+@cover(
+    residual_layout=("contiguous", "channels_last", "sliced", "expanded_batch"), activation=ACTIVATIONS, dtype=DTYPES
+)
 def test_residual(residual_layout, activation, dtype):
     for layout, stride in (("contiguous", 1), ("channels_last", 2)):
         case = Case(2, 24, 18, (7, 9), stride, 2)
@@ -137,10 +130,13 @@ def test_residual(residual_layout, activation, dtype):
         check_gradients(x, w, randn((18,), dtype), stride, groups=2, activation=activation, residual=r)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("shape", [(6, 4), (1, 4), (6, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("spatial", [1, 2, 3])
+@cover(
+    3,
+    spatial=(1, 2, 3),
+    shape=((6, 4), (1, 4), (6, 1), (1, 1)),
+    weight_layout=("contiguous", "channels_last", "transposed"),
+    dtype=DTYPES,
+)
 def test_weight_gradient_has_the_weights_strides(spatial, shape, weight_layout, dtype):
     w = weight_of((*shape, *[1] * spatial), dtype, weight_layout).requires_grad_()
     x = laid_out((2, shape[1], *[5] * spatial), dtype, "channels_last")

@@ -1,6 +1,6 @@
 // The microkernel table, and the driver with panels made beforehand, for tests and microbenchmarks: NumPy arrays in, no
-// torch. Built by bench/microkernel_table.py with torch.utils.cpp_extension.load, from the same sources and flags as
-// the library, which itself keeps no Python symbol.
+// torch. Built by bench/microkernel_table.py, from the same sources and flags as the library, which itself keeps no
+// Python symbol.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,6 @@
 """Builds what runs AMX's kernels on a CPU without AMX: the library and the microkernel table, from the same sources and
-flags as ever, with emulator.cpp linked in and one define, by which dispatch.cpp takes AMX for supported.
+flags as ever, with emulator.cpp linked in and one define, by which dispatch.cpp takes AMX for supported. All but
+dispatch.cpp is compiled once for both and for the table without AMX.
 
     python tests/amx/build.py    builds the library and prints the folder whose conv1x1_ext it belongs to
 """
@@ -8,18 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.microkernel_table import build_config, build_extension, load_table  # noqa: E402
+from bench import object_cache  # noqa: E402
+from bench.microkernel_table import build_config, library_flags, table_library, table_units  # noqa: E402
+from bench.object_cache import Unit  # noqa: E402
 
-EMULATOR = Path(__file__).resolve().parent / "emulator.cpp"
-DEFINE = "-DCONV1X1_TEST_EMULATES_AMX"
-NAME = "amx_library"
+HERE = Path(__file__).resolve().parent
+DEFINE = "CONV1X1_TEST_EMULATES_AMX"
+PACKAGE = ROOT / "build" / "amx_package"
 
 
 def cpu_flags() -> set[str]:
@@ -40,34 +41,62 @@ def cannot_emulate() -> str:
     return f"all but AMX itself is not emulated, and this CPU has no {', '.join(sorted(missing))}" if missing else ""
 
 
-def table() -> ModuleType:
-    return load_table("amx_table", (EMULATOR,), (DEFINE,))
+def emulating(units: list[Unit]) -> list[Unit]:
+    """The same units with the emulator, and with the define where a source asks for it."""
+    changed = []
+    for unit in units:
+        files = [unit.source, *object_cache.included(unit.source, unit.flags)]
+        asks = any(DEFINE in file.read_text() for file in files)
+        changed.append(Unit(unit.source, (*unit.flags, f"-D{DEFINE}"), unit.identity) if asks else unit)
+    assert changed != units, f"no source asks for {DEFINE}"
+    return [*changed, Unit(HERE / "emulator.cpp", library_flags())]
+
+
+def table() -> Path:
+    """The table's library; bench.microkernel_table.load makes it a module."""
+    return table_library("amx_table", emulating(table_units()))
+
+
+def probe() -> Path:
+    """Functions that hand the emulator instructions, right and wrong ones."""
+    flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-fPIC")
+    units = [Unit(HERE / "probe.cpp", flags), Unit(HERE / "emulator.cpp", library_flags())]
+    return object_cache.build("amx_probe", units)
+
+
+def package_units() -> list[Unit]:
+    """The library's sources. Those that the table has are torch-free, and their objects are the table's."""
+    import torch
+    from torch.utils import cpp_extension
+
+    config = build_config()
+    folders = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
+    with_torch = (*library_flags(), f"-DTORCH_TARGET_VERSION={config.TORCH_TARGET}", *folders)
+    units = []
+    for name in (*config.LIBRARY_SOURCES, *config.NO_CUDA_SOURCES):
+        torch_free = name in config.TABLE_SOURCES
+        identity = () if torch_free else (torch.__version__,)
+        units.append(Unit(config.CSRC / name, library_flags() if torch_free else with_torch, identity))
+    return emulating(units)
 
 
 def package() -> Path:
-    """A folder with a conv1x1_ext of its own. Built in a process of its own: a library can be loaded once."""
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(result.stdout + result.stderr)
-    return Path(result.stdout.splitlines()[-1])
+    """A folder with a conv1x1_ext of its own."""
+    from torch.utils import cpp_extension
 
-
-def main() -> None:
-    config = build_config()
-    sources = [config.CSRC / source for source in (*config.LIBRARY_SOURCES, *config.NO_CUDA_SOURCES)]
-    flags = [*config.CXX_FLAGS, f"-DTORCH_TARGET_VERSION={config.TORCH_TARGET}", DEFINE]
-    build_extension(NAME, [*sources, EMULATOR], flags, python_module=False)
-    built = ROOT / "build" / NAME
-    folder = built / "package" / "conv1x1_ext"
+    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    flags = (*build_config().LINK_FLAGS, *libraries, "-lc10", "-ltorch_cpu", "-ltorch")
+    library = object_cache.build("amx_library", package_units(), flags)
+    folder = PACKAGE / library.stem / "conv1x1_ext"
     folder.mkdir(parents=True, exist_ok=True)
-    for source in (*(ROOT / "conv1x1_ext").glob("*.py"), built / f"conv1x1_{NAME}.so"):
-        target = folder / ("_C.so" if source.suffix == ".so" else source.name)
+    for source in (*(ROOT / "conv1x1_ext").glob("*.py"), library):
+        target = folder / ("_C.so" if source == library else source.name)
         if not target.exists() or target.read_bytes() != source.read_bytes():
             partial = target.with_name(f"{target.name}.{os.getpid()}")
             shutil.copyfile(source, partial)
             partial.replace(target)  # a process that has the old one open keeps it
-    print(folder.parent)
+    return folder.parent
 
 
 if __name__ == "__main__":
-    main()
+    print(package())

@@ -1,0 +1,140 @@
+"""Objects and shared libraries by content: each source is compiled once for its text, its headers and its flags.
+
+The microkernel table, the emulated AMX library and the emulated CUDA kernels are built from many of the same sources.
+An object's name is a hash of everything that it is made from: the source, every header of this repository that it
+includes, the flags, the compiler and its version, and the versions of what `identity` names. The headers are read anew
+each time, so that nothing that was remembered can be stale.
+
+Processes share the folder. A lock for each object and library keeps two of them from making the same one; they do make
+different ones at the same time. What a killed process leaves behind is never taken for finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "objects"
+CXX = os.environ.get("CXX", "g++")
+_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*(.*)$", re.MULTILINE)
+_NAMED = re.compile(r'"([^"]+)"|<([^>]+)>')
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source and the flags that it is compiled with, -fPIC among them."""
+
+    source: Path
+    flags: tuple[str, ...]
+    identity: tuple[str, ...] = ()  # versions of what is included from outside this repository
+
+
+def _folders(flags: Sequence[str]) -> list[Path]:
+    """The folders of -I and -isystem that belong to this repository."""
+    joined = [f[2:] for f in flags if f.startswith("-I") and f != "-I"]
+    apart = [value for name, value in zip(flags, flags[1:], strict=False) if name in ("-I", "-isystem")]
+    return [folder for folder in map(Path, (*joined, *apart)) if folder.is_relative_to(ROOT)]
+
+
+def included(source: Path, flags: Sequence[str] = ()) -> list[Path]:
+    """The headers of this repository that a source includes, however deep, under any condition.
+
+    Raises:
+        RuntimeError: an include that names no file, as a macro would; its header could change unseen.
+    """
+    folders, found, waiting = _folders(flags), dict[Path, None](), [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        for text in _INCLUDE.findall(path.read_text()):
+            named = _NAMED.match(text)
+            if named is None:
+                raise RuntimeError(f'{path}: #include {text}: expected "name" or <name>')
+            places = ([path.parent] if named[1] else []) + folders
+            header = next((p for p in (folder / (named[1] or named[2]) for folder in places) if p.is_file()), None)
+            if header is not None and header.resolve() not in found:
+                found[header.resolve()] = None
+                waiting.append(header.resolve())
+    return sorted(found)
+
+
+@functools.cache
+def _compiler(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def object_of(unit: Unit) -> Path:
+    """Where a unit's object lies, or will lie."""
+    headers = [(str(h), h.read_bytes()) for h in included(unit.source, unit.flags)]
+    made_from = (str(unit.source), unit.source.read_bytes(), headers, unit.flags, unit.identity)
+    return CACHE / f"{unit.source.stem}-{_hash(CXX, _compiler(CXX), *made_from)}.o"
+
+
+@contextmanager
+def _turn(target: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process may make the target now; without `wait` perhaps not, as another one is at it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(target.suffix + ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _make(target: Path, command: Sequence[str], wait: bool = True) -> bool:
+    """Runs a command that writes the target, unless it is there. Returns False where another process is at it."""
+    if target.exists():
+        return True
+    with _turn(target, wait) as ours:
+        if ours and not target.exists():
+            partial = target.with_suffix(".partial")
+            whole = [*command, "-o", str(partial)]
+            result = subprocess.run(whole, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise RuntimeError(f"{' '.join(whole)}\n{result.stderr}")
+            partial.rename(target)
+    return ours
+
+
+def _compile(unit: Unit, target: Path, wait: bool) -> bool:
+    # -x c++: CUDA sources are compiled for the CPU.
+    return _make(target, [CXX, *unit.flags, "-x", "c++", "-c", str(unit.source)], wait)
+
+
+def jobs() -> int:
+    """Compilers at a time: the cores, shared with the other workers of pytest-xdist."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def compile_units(units: Sequence[Unit]) -> list[Path]:
+    """The units' objects. First made are those that no other process is making."""
+    targets = [object_of(unit) for unit in units]
+    with ThreadPoolExecutor(jobs()) as pool:
+        done = list(pool.map(_compile, units, targets, [False] * len(units)))
+        left = [(unit, target) for unit, target, ready in zip(units, targets, done, strict=True) if not ready]
+        for _ in pool.map(lambda pair: _compile(*pair, wait=True), left):
+            pass
+    return targets
+
+
+def build(name: str, units: Sequence[Unit], link_flags: Sequence[str] = ()) -> Path:
+    """The shared library of some units. Raises RuntimeError with the compiler's messages."""
+    objects = compile_units(units)
+    library = CACHE / f"{name}-{_hash(CXX, _compiler(CXX), [o.name for o in objects], tuple(link_flags))}.so"
+    _make(library, [CXX, "-shared", *map(str, objects), *link_flags])
+    return library
