@@ -12,6 +12,8 @@ ARGS ?= --quick
 GPU_ARGS ?=
 # Test processes.
 WORKERS ?= 2
+# Arguments of tests/mutants, as in MUTANTS='--only NAME'.
+MUTANTS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -22,11 +24,12 @@ CXX_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name 
 .DELETE_ON_ERROR:
 # One environment: installations must not run side by side.
 .NOTPARALLEL:
-.PHONY: help demo test gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
+.PHONY: help demo test mutants gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
 
 help:
 	@echo 'make demo    the article, claim by claim; then training on real digits; curves in out/digits.png'
 	@echo 'make test    all tests, WORKERS=$(WORKERS) at a time'
+	@echo 'make mutants  planted faults, one at a time, and the tests that must catch each; MUTANTS=--list lists them'
 	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmark, with $(PYTHON) as it is'
 	@echo 'make bench   ours against torch and its peers, layer by layer; ARGS="$(ARGS)"'
 	@echo 'make lint    ruff, clang-format, mypy'
@@ -40,6 +43,9 @@ demo: $(VENV)/.stamp-examples
 
 test: $(VENV)/.stamp-test
 	$(PY) -m pytest -n $(WORKERS) tests
+
+mutants: $(VENV)/.stamp-test
+	$(PY) tests/mutants --jobs $(WORKERS) $(MUTANTS)
 
 # With the torch (with CUDA) of $(PYTHON) itself: it installs nothing. GPU_ARGS=--help tells what else there is.
 gpu-check:
