@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import re
 import subprocess
@@ -42,7 +43,7 @@ class Unit:
 def _folders(flags: Sequence[str]) -> list[Path]:
     """The folders of -I and -isystem that belong to this repository."""
     joined = [f[2:] for f in flags if f.startswith("-I") and f != "-I"]
-    apart = [value for name, value in zip(flags, flags[1:], strict=False) if name in ("-I", "-isystem")]
+    apart = [value for name, value in itertools.pairwise(flags) if name in ("-I", "-isystem")]
     return [folder for folder in map(Path, (*joined, *apart)) if folder.is_relative_to(ROOT)]
 
 
