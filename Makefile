@@ -14,6 +14,8 @@ GPU_ARGS ?=
 WORKERS ?= 2
 # What check-wheel runs the wheel with: interpreters with torch 2.10 or later.
 PYTHONS ?= $(PY)
+# Arguments of tests/mutants, as in MUTANTS='--only NAME'.
+MUTANTS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -24,12 +26,13 @@ CXX_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name 
 .DELETE_ON_ERROR:
 # One environment: installations must not run side by side.
 .NOTPARALLEL:
-.PHONY: help demo test test-full check-wheel check-build gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
+.PHONY: help demo test test-full mutants check-wheel check-build gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
 
 help:
 	@echo 'make demo    the article, claim by claim; then training on real digits; curves in out/digits.png'
 	@echo 'make test    every test, WORKERS=$(WORKERS) at a time, with some of the combinations of independent parameters'
 	@echo 'make test-full  with all of them; CONV1X1_TEST_SEED=... repeats the inputs of a run'
+	@echo 'make mutants  planted faults, one at a time, and the tests that must catch each; MUTANTS=--list lists them'
 	@echo 'make check-wheel  builds a wheel and runs it with each of PYTHONS="$(PYTHONS)"'
 	@echo 'make check-build  time and memory of every source that is compiled'
 	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmark, with $(PYTHON) as it is'
@@ -61,6 +64,9 @@ check-wheel: $(VENV)/.stamp-test
 
 check-build: $(VENV)/.stamp-torch
 	$(PY) tests/check_build.py
+
+mutants: $(VENV)/.stamp-test
+	$(PY) tests/mutants --jobs $(WORKERS) $(MUTANTS)
 
 # With the torch (with CUDA) of $(PYTHON) itself: it installs nothing. GPU_ARGS=--help tells what else there is.
 gpu-check:

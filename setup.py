@@ -5,6 +5,7 @@ environment, also under pip's build isolation, which hides it. Only where there 
 
 CUDA kernels are built where there is nvcc and torch has CUDA. FORCE_CUDA=1 builds them for any torch, or fails;
 FORCE_CUDA=0 leaves them out. CUDA_HOME and TORCH_CUDA_ARCH_LIST are honoured (csrc/build_config.py has the rules).
+CONV1X1_TUNING=1 makes a library for bench/cuda_tiles.py, whose plans can be told what to choose.
 """
 
 import importlib.util
@@ -54,6 +55,7 @@ if with_cuda:
     messages += [f"WARNING: {warning}"] * bool(warning)
     names = {"CONV1X1_CUDA_ARCHS": " ".join(archs), "CONV1X1_NVCC": toolkit.version}
     options["define_macros"] += [(name, f'"{value}"') for name, value in names.items()]
+    options["define_macros"] += build_config.tuning_macros(os.environ)
     options["extra_compile_args"]["nvcc"] = build_config.NVCC_FLAGS + build_config.gencode_flags(archs)
     options["extra_link_args"] = build_config.CUDA_LINK_FLAGS + build_config.LINK_FLAGS
     options["include_dirs"] = [str(toolkit.include)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 import conv1x1_ext
-from bench import ceiling
+from bench import ceiling, csv_results
 from bench.harness import DTYPES, Layer, OtherWork, describe_run, interleave, parse_arguments
 from bench.peers import LAYOUTS, Case
 
@@ -122,11 +121,11 @@ def pair_calls(first: Case, second: Case, layout: str) -> dict[str, Call]:
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
-    data = describe_run({k: v for k, v in vars(args).items() if k != "json"})
+    data = describe_run(csv_results.settings(args))
     other_work = OtherWork()
     copy_gbs = statistics.median(ceiling.copy_gbs(args.threads))
     isa = ceiling.best_isa(args.dtype, args.threads)
-    heads, pairs = [], []
+    results: list[dict[str, Any]] = []
     for n in track(args.batch, "batches", console=console, auto_refresh=False):
         for c_in, c_out, h, w in HEADS:
             case = Case(Layer(n, c_in, c_out, h, w), args.dtype, args.threads)
@@ -136,7 +135,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                     with torch.inference_mode(not train):
                         stats = interleave(pool_calls(case, layout, train), args.rounds)
                     times = {name: s.as_dict() for name, s in stats.items()}
-                    heads.append({"layer": asdict(case.layer), "layout": layout, "train": train, "calls": times})
+                    head = {"block": "head", "layer": asdict(case.layer), "layout": layout, "train": train}
+                    results.append({**head, "calls": times})
         for c_in, between, c_out, h, w in PAIRS:
             first, second = Layer(n, c_in, between, h, w), Layer(n, between, c_out, h, w)
             cases = [Case(layer, args.dtype, args.threads) for layer in (first, second)]
@@ -146,9 +146,11 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                     sample = lambda fma=fma: fma.append(ceiling.fma_gflops(isa, args.dtype, args.threads))  # noqa: E731
                     stats = interleave(pair_calls(*cases, layout), args.rounds, sample)
                 rate, item = statistics.median(fma), DTYPES[args.dtype].itemsize
-                pairs.append(
+                results.append(
                     {
-                        "layers": [asdict(first), asdict(second)],
+                        "block": "pair",
+                        "layer": asdict(first),
+                        "second": asdict(second),
                         "layout": layout,
                         "calls": {name: s.as_dict() for name, s in stats.items()},
                         "fma_us": round((first.flops + second.flops) / rate * 1e-3, 2),
@@ -156,14 +158,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                         "between_bytes": item * first.pixels * between,
                     }
                 )
-    return {**data, "copy_gbs": copy_gbs, "heads": heads, "pairs": pairs, "other_work": round(other_work.share(), 3)}
+    return {**data, "copy_gbs": copy_gbs, "results": results, "other_work": round(other_work.share(), 3)}
 
 
 def report(data: dict[str, Any], console: Console) -> None:
     heads = Table(title="1x1 + ReLU + global average pooling: microseconds, median of the rounds")
     for name in ("layer", "layout", "", "ours", "unfused", "stock", "x unfused", "x stock"):
         heads.add_column(name, justify="left" if name in ("layer", "layout", "") else "right")
-    for entry in data["heads"]:
+    for entry in (e for e in data["results"] if e["block"] == "head"):
         t = {name: c["median_us"] for name, c in entry["calls"].items()}
         times = [f"{t[name]:.1f}" for name in POOLS]
         ratios = [f"{t[name] / t['ours']:.2f}" for name in ("unfused", "stock")]
@@ -173,9 +175,9 @@ def report(data: dict[str, Any], console: Console) -> None:
     pairs = Table(title="two 1x1 + ReLU in a row: microseconds, median of the rounds")
     for name in ("layers", "layout", "ours", "stock", "x stock", "fma", "between", "MiB", "pieces"):
         pairs.add_column(name, justify="left" if name in ("layers", "layout") else "right")
-    for entry in data["pairs"]:
+    for entry in (e for e in data["results"] if e["block"] == "pair"):
         t = {name: c["median_us"] for name, c in entry["calls"].items()}
-        first, second = (Layer(**layer) for layer in entry["layers"])
+        first, second = Layer(**entry["layer"]), Layer(**entry["second"])
         parts = [f"{entry[key]:.1f} ({entry[key] / t['ours']:.0%})" for key in ("fma_us", "between_us")]
         pieces = f"{t['pieces']:.1f} ({t['pieces'] / t['ours'] - 1:+.0%})" if "pieces" in t else ""
         label = f"{first.n}x {first.c_in}->{first.c_out}->{second.c_out} {first.h}x{first.w}"
@@ -193,12 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parse_arguments(parser, argv)
-    data = measure(args, Console(stderr=True))
+    data = csv_results.obtain(args, lambda: measure(args, Console(stderr=True)))
     console = Console()
     report(data, console if console.is_terminal else Console(width=130))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

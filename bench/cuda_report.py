@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.harness import geometric_mean
+from bench.harness import by_name, geometric_mean
 
 HEADER = (
     "layer", "dtype", "pass", "layout", "eager us", "x stock", "x peer", "best peer", "graph us", "x stock", "x peer",
@@ -18,7 +18,7 @@ HEADER = (
 
 def compare(result: dict[str, Any], layout: str, key: str) -> tuple[float, float, float, str] | None:
     """Ours in microseconds, its speed over stock and over the best other candidate, and that one's name."""
-    here = {p["name"]: p[key] for p in result["peers"].values() if p["layout"] == layout and key in p}
+    here = by_name(result, layout, key)
     if "ours" not in here or "stock" not in here:
         return None
     ours, stock = here.pop("ours"), here["stock"]

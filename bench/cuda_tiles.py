@@ -3,6 +3,7 @@
     python -m bench.cuda_tiles sweep --json tiles.json     on a GPU
     python -m bench.cuda_tiles fit --json tiles.json       on the same GPU: prints the constants for heuristics.h
 
+The library must be built with CONV1X1_TUNING=1 in the environment: no other lets a plan be told what to choose.
 Times are those of CUDA graphs over copies that together exceed the L2 cache (bench/cuda_harness.py), the best of three.
 A fit's measure is the mean of log(time of what the model chooses / best time): nothing else matters of the model. It is
 a random search that asks the library itself what it would choose (conv1x1_ext_tune, explain).
@@ -37,13 +38,19 @@ Model = list[float]  # alone of each tile, full of each, then CostModel's other 
 
 
 def tune(tile: int = -1, slices: int = 0, bits16: Model | None = None, tf32: Model | None = None) -> None:
-    """conv1x1_ext_tune of csrc/cuda/plan.cpp."""
+    """conv1x1_ext_tune of csrc/cuda/conv1x1_cuda.cpp.
+
+    Raises:
+        SystemExit: the library was not built for it.
+    """
 
     def array(model: Model | None) -> Any:
         return None if model is None else (ctypes.c_double * len(model))(*model)
 
-    function = ctypes.CDLL(str(_library.path)).conv1x1_ext_tune
-    function(ctypes.c_int(tile), ctypes.c_int64(slices), array(bits16), array(tf32))
+    library = ctypes.CDLL(str(_library.path))
+    if not hasattr(library, "conv1x1_ext_tune"):
+        raise SystemExit("bench.cuda_tiles: needs CUDA kernels built with CONV1X1_TUNING=1: see its docstring")
+    library.conv1x1_ext_tune(ctypes.c_int(tile), ctypes.c_int64(slices), array(bits16), array(tf32))
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=20, help="of each fit")
     args = parser.parse_args(argv)
+    tune()
     if args.what == "sweep":
         end, rows = time.monotonic() + args.budget, []
         timer, l2_bytes = cuda_harness.CudaTimer(), int(cuda_harness.gpu()["l2_mib"] * 2**20)

@@ -22,6 +22,7 @@ import platform
 import random
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench import csv_results
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 NETS = ("seed", "resnet50", "mobilenet_v2", "squeezenet", "googlenet", "nin", "shufflenet")
@@ -216,10 +219,10 @@ def keep_pages() -> None:
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """With what every CPU benchmark takes; a command begins anew with kept pages, a call (argv given) does not."""
-    parser.add_argument("--json", metavar="OUT", type=Path)
+    csv_results.add_arguments(parser)
     parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
     args = parser.parse_args(argv)
-    if argv is None and not args.fresh_pages:
+    if argv is None and not (args.fresh_pages or args.from_csv):
         keep_pages()
     return args
 
@@ -247,8 +250,28 @@ class OtherWork:
         return max(0.0, other / total) if total > 0 else 0.0
 
 
+def commit() -> str:
+    """Of this tree, "+changes" added where a tracked file differs from it; "unknown" outside of a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(SHAPES.parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def by_name(result: dict[str, Any], layout: str, key: str) -> dict[str, Any]:
+    """That entry of every candidate of one layout that has it: a result's "peers" are named "ours NCHW"."""
+    named = ((name.rsplit(" ", 1), peer) for name, peer in result["peers"].items())
+    return {name: peer[key] for (name, own_layout), peer in named if own_layout == layout and key in peer}
+
+
 def describe_run(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What every JSON file starts with."""
+    """What every file of results starts with."""
     import conv1x1_ext
 
     versions = {"python": platform.python_version()}
@@ -258,6 +281,7 @@ def describe_run(arguments: dict[str, Any]) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "missing"
     return {
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions,

@@ -10,7 +10,6 @@ before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import ceiling
+from bench import ceiling, csv_results
 from bench.harness import describe_run, settle
 from bench.microkernel_table import in_parts, load_table
 
@@ -155,15 +154,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.microkernel", description=__doc__.split("\n")[0])
     parser.add_argument("--k", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--json", metavar="OUT", type=Path)
+    csv_results.add_arguments(parser)
     args = parser.parse_args(argv)
-    results = measure(args.k, args.rounds, Console(stderr=True))
+    data = csv_results.obtain(
+        args,
+        lambda: {
+            **describe_run(csv_results.settings(args)),
+            "results": measure(args.k, args.rounds, Console(stderr=True)),
+        },
+    )
     console = Console()
-    print_table(results, console if console.is_terminal else Console(width=120))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        data = {**describe_run({"k": args.k, "rounds": args.rounds}), "results": results}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    print_table(data["results"], console if console.is_terminal else Console(width=120))
 
 
 if __name__ == "__main__":

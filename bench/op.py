@@ -10,7 +10,6 @@ multiply-adds from registers (bench/ceiling.py) sampled in the same rounds, with
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -24,7 +23,7 @@ if not __package__:  # python bench/op.py
 
 import torch
 
-from bench import cuda_harness, cuda_peers, op_cuda, peers
+from bench import csv_results, cuda_harness, cuda_peers, op_cuda, peers
 from bench.harness import DTYPES, NETS, Layer, OtherWork, describe_run, interleave, keep_pages, load_shapes
 
 if TYPE_CHECKING:
@@ -56,10 +55,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="cuda: stop then, and list what was left out")
     parser.add_argument("--by", choices=["median", "best"], default="median", help="of the rounds: what is compared")
     parser.add_argument("--fresh-pages", action="store_true", help="malloc as it comes; default: it keeps freed pages")
-    parser.add_argument("--json", metavar="OUT", type=Path)
+    csv_results.add_arguments(parser)
     parser.add_argument("--plot", metavar="OUT.png", type=Path)
-    parser.add_argument("--markdown", action="store_true", help="print the README's table in place of the terminal's")
-    parser.add_argument("--from-json", metavar="FILE", type=Path, help="report a former run, time nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the docs' table in place of the terminal's")
     args = parser.parse_args(argv)
     cuda = args.device == "cuda"
     for option, value, allowed in (
@@ -145,12 +143,9 @@ def measure_layer(layer: Layer, nets: list[str], dtype: str, args: argparse.Name
     for peer in chosen:
         if peer.key in stats:
             s = stats[peer.key]
-            results[peer.key] = {
-                "name": peer.name, "layout": peer.layout, **s.as_dict(),
-                "error": max(errors[peer.key]),
-            }  # fmt: skip
+            results[peer.key] = {**s.as_dict(), "error": float(f"{max(errors[peer.key]):.3g}")}
     return {
-        "layer": asdict(layer), "label": str(layer), "nets": nets, "dtype": dtype, "train": args.train,
+        "label": str(layer), "layer": asdict(layer), "nets": " ".join(nets), "dtype": dtype, "train": args.train,
         "flops": flops, "bytes": layer.bytes(DTYPES[dtype].itemsize),
         "ceiling_gflops": {"median": round(statistics.median(fma), 1), "best": round(max(fma), 1)},
         "peers": results, "skipped": skipped,
@@ -158,7 +153,7 @@ def measure_layer(layer: Layer, nets: list[str], dtype: str, args: argparse.Name
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The whole run, as it goes into the JSON file."""
+    """The whole run, as it goes into its file."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -171,8 +166,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from bench import ceiling
 
     torch.set_num_threads(args.threads)
-    keep = {k: v for k, v in vars(args).items() if k not in ("json", "plot", "markdown", "from_json", "by")}
-    data = describe_run(keep)
+    data = describe_run(csv_results.settings(args))
     layers = load_shapes(args.shapes, args.batch)
     work = [(layer, nets, dtype) for dtype in args.dtype for layer, nets in layers.items()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -193,33 +187,24 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return data
 
 
-def _write(path: Path | None, data: dict[str, Any]) -> None:
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.device == "cuda":
-        if not (args.from_json or torch.cuda.is_available()):
+        if not (args.from_csv or torch.cuda.is_available()):
             raise SystemExit(f"--device cuda: this torch ({torch.__version__}) finds no GPU")
-        data = json.loads(args.from_json.read_text()) if args.from_json else op_cuda.measure(args)
-        _write(args.json, data)
-        op_cuda.report(data)
+        op_cuda.report(csv_results.obtain(args, lambda: op_cuda.measure(args)))
         return
-    if argv is None and not args.from_json and not args.fresh_pages:
+    if argv is None and not (args.from_csv or args.fresh_pages):
         keep_pages()
     from rich.console import Console
 
     from bench import report
 
-    data = json.loads(args.from_json.read_text()) if args.from_json else measure(args, Console(stderr=True))
+    data = csv_results.obtain(args, lambda: measure(args, Console(stderr=True)))
     if args.markdown:
         print(report.markdown(data, args.by))
     else:
         report.print_tables(data, Console(), args.by)
-    _write(args.json, data)
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         report.plot(data, args.plot, args.by)

@@ -2,7 +2,7 @@
 
 How it measures is in bench/cuda_harness.py, what it compares with in bench/cuda_peers.py. Each candidate is checked
 once a layer against float64: ours failing that ends the run, a peer that fails or does not exist is listed with the
-reason. The JSON has the CPU benchmark's format; beside it each candidate has "graph_us" and each result "floor_us".
+reason. Results have the CPU benchmark's format; beside it each candidate has "graph_us" and each result "floor_us".
 With --budget the run stops between layers, and lists what it left out.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import cuda_harness, cuda_peers, cuda_report
+from bench import csv_results, cuda_harness, cuda_peers, cuda_report
 from bench.cuda_harness import CudaTimer, Timer
 from bench.cuda_peers import Copy, Peer
 from bench.harness import Layer, OtherWork, describe_run, load_shapes
@@ -98,13 +98,10 @@ def measure_layer(
         stats, reasons = cuda_harness.sample(timer, calls, args.rounds, deadline)
     rate, copy = ceilings["matmul_tflops"][dtype], ceilings["copy_gbs"]
     flops = layer.flops * (3 if train else 1)
-    results = {
-        p.key: {"name": p.name, "layout": p.layout, **stats[p.key], "error": errors[p.key]}
-        for p in peers
-        if p.key in stats
-    }
+    results = {p.key: {**stats[p.key], "error": float(f"{errors[p.key]:.3g}")} for p in peers if p.key in stats}
     return {
-        "layer": asdict(layer), "label": str(layer), "nets": nets, "dtype": dtype, "train": train, "flops": flops,
+        "label": str(layer), "layer": asdict(layer), "nets": " ".join(nets), "dtype": dtype, "train": train,
+        "flops": flops,
         "bytes": layer.bytes(cuda_harness.DTYPES[dtype].itemsize) * (3 if train else 1), "copies": copies,
         "floor_us": round(cuda_harness.floor_us(layer, dtype, train, rate, copy), 3),
         "ceiling_gflops": {by: rate * 1e3 for by in ("median", "best", "graph")},
@@ -113,12 +110,12 @@ def measure_layer(
 
 
 def measure(args: argparse.Namespace, timer: Timer | None = None) -> dict[str, Any]:
-    """The whole run, as it goes into the JSON file."""
+    """The whole run, as it goes into its file."""
     begin = time.monotonic()
     deadline = begin + args.budget if args.budget else math.inf
     timer = timer or CudaTimer()
     torch.backends.cudnn.benchmark = True
-    data = describe_run({k: v for k, v in vars(args).items() if isinstance(v, str | int | float | list | None)})
+    data = describe_run(csv_results.settings(args))
     data["method"] = " ".join((cuda_harness.__doc__ or "").split("Method. ")[1].split())
     data["device"] = cuda_harness.gpu() if args.device.startswith("cuda") else {"name": args.device}
     args.l2_bytes = int(data["device"].get("l2_mib", 1) * 2**20)

@@ -1,6 +1,6 @@
-"""What bench/op.py measured, as terminal tables, as the README's Markdown table, and as a PNG of bars and a roofline.
+"""What bench/op.py measured, as terminal tables, as the docs' Markdown table, and as a PNG of bars and a roofline.
 
-Everything is computed from the JSON data of a run. A row is one layer in one layout: ours against stock and against the
+Everything is computed from the data of a run. A row is one layer in one layout: ours against stock and against the
 fastest candidate but ours ("best peer", stock included) of that layout, by the medians of the rounds or by the best.
 """
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.harness import geometric_mean
+from bench.harness import by_name, geometric_mean
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def rows(data: dict[str, Any], by: str = "median") -> list[Row]:
     found = []
     for result in data["results"]:
         for layout in ("NCHW", "NHWC"):
-            here = {p["name"]: p[f"{by}_us"] for p in result["peers"].values() if p["layout"] == layout}
+            here = by_name(result, layout, f"{by}_us")
             if "ours" not in here:
                 continue
             ours, stock = here.pop("ours"), here["stock"]
@@ -71,7 +71,7 @@ def rows(data: dict[str, Any], by: str = "median") -> list[Row]:
             found.append(
                 Row(
                     label=result["label"],
-                    nets=" ".join(result["nets"]),
+                    nets=result["nets"],
                     batch=result["layer"]["n"],
                     dtype=result["dtype"],
                     layout=layout,
@@ -170,7 +170,7 @@ def summary(data: dict[str, Any], by: str = "median") -> list[str]:
 
 
 def markdown(data: dict[str, Any], by: str = "median") -> str:
-    """The README's table: GFLOP/s, ratios of medians, and the summary with the losses."""
+    """The docs' table: GFLOP/s, ratios of medians, and the summary with the losses."""
     found = rows(data, by)
     several = len({r.dtype for r in found}) > 1
     header = (

@@ -8,7 +8,6 @@ own scaling (clock, shared cores) bounds what can be had. Each callable is check
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import ceiling, op, peers
+from bench import ceiling, csv_results, op, peers
 from bench.harness import (
     DTYPES,
     NETS,
@@ -101,7 +100,7 @@ def measure_layer(layer: Layer, dtype: str, train: bool, args: argparse.Namespac
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    data = describe_run({k: v for k, v in vars(args).items() if k != "json"})
+    data = describe_run(csv_results.settings(args))
     other_work = OtherWork()
     work = [
         (layer, dtype, train)
@@ -147,12 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stock", action="store_true", help="stock too")
     parser.add_argument("--rounds", type=int, default=7)
     args = parse_arguments(parser, argv)
-    data = measure(args, Console(stderr=True))
+    data = csv_results.obtain(args, lambda: measure(args, Console(stderr=True)))
     console = Console()
     report(data, console if console.is_terminal else Console(width=130))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

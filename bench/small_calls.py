@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 import conv1x1_ext
+from bench import csv_results
 from bench.harness import describe_run, interleave
 
 # C_in, C_out, and the input's size; the last is the article's, unbatched.
@@ -116,16 +116,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.small_calls", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="OUT", type=Path)
+    csv_results.add_arguments(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    results = measure(args.rounds, Console(stderr=True))
+    data = csv_results.obtain(
+        args,
+        lambda: {**describe_run(csv_results.settings(args)), "results": measure(args.rounds, Console(stderr=True))},
+    )
     console = Console()
-    print_table(results, console if console.is_terminal else Console(width=120))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        data = {**describe_run({"rounds": args.rounds, "threads": args.threads}), "results": results}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    print_table(data["results"], console if console.is_terminal else Console(width=120))
 
 
 if __name__ == "__main__":

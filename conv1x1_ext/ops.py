@@ -8,7 +8,7 @@ in ``_formulas.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,13 @@ def _public(
     return output if fused else apply_activation(output, activation)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype)
+
+
+def autocast(
+    *tensors: Tensor | None, convert: Callable[[Tensor, torch.dtype], Tensor] = _to
+) -> tuple[Tensor | None, ...]:
     """As torch casts a convolution's arguments in an autocast region: to the region's own dtype, differentiably."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
@@ -109,7 +115,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     def cast(t: Tensor | None) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device
-        return t.to(dtype) if eligible and t is not None else t
+        return convert(t, dtype) if eligible and t is not None and t.dtype != dtype else t
 
     return tuple(cast(t) for t in tensors)
 
@@ -238,6 +244,8 @@ def explain(
 ) -> Explanation:
     """Which kernel, instruction set, tiles, blocking and threads a call would use, and why. Runs nothing.
 
+    It takes no memory either, but under autocast, for the operands that a call would cast.
+
     Args:
         input, weight, bias, stride, groups, activation, residual: as for :func:`conv1x1`. Real tensors: those on
             a GPU get the plan for that GPU.
@@ -249,7 +257,8 @@ def explain(
     check_tensors(input=input, weight=weight, bias=bias, residual=residual)
     name = activation_name(activation)
     with torch.no_grad():
-        cast = autocast(input, weight, bias, residual)
+        # Of what would be cast the plan needs no values.
+        cast = autocast(input, weight, bias, residual, convert=lambda t, dtype: torch.empty_like(t, dtype=dtype))
         tf32 = allow_tf32(cast[0])  # type: ignore[arg-type]
         text = _ops._explain(*cast, stride_tuple(stride), groups, name, tf32, direction)
     out = Explanation(_library.key_values(text))

@@ -1,5 +1,6 @@
 #include "binding.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -50,49 +51,98 @@ VectorView bias_view(const ConvArgs& args, const Tensor& bias) {
   return {const_cast<void*>(bias.const_data_ptr()), args.bias.size[0] == 1 ? 1 : args.bias.stride[0]};
 }
 
-Tensor allocate_output(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, ActivationView* view) {
+// What a result will be like, which is known before it is allocated: a plan needs no more.
+struct Shape {
+  int64_t ndim = 0, size[kMaxDims], stride[kMaxDims];
+
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int64_t d = 0; d < ndim; ++d) count *= size[d];
+    return count;
+  }
+  // Where its elements lie in memory; without memory, in a tensor that is planned for.
+  void* address_of(const Tensor& tensor) const {
+    if (tensor) return tensor.mutable_data_ptr();
+    return elements() == 0 ? nullptr : planned_address();
+  }
+};
+
+Shape output_shape(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p) {
   int64_t size[kMaxDims], stride[kMaxDims];
   const bool batched = args.batched();
-  const int64_t spatial = args.spatial(), ndim = spatial + (batched ? 2 : 1);
+  const int64_t spatial = args.spatial(), skip = batched ? 0 : 1;
   // As channels-last strides are those of the batched tensor, they are computed with a batch of 1 where there is none.
   size[0] = p.batch;
   size[1] = args.input.size[batched ? 1 : 0] == 0 ? 0 : p.c_out;
   for (int64_t d = 0; d < spatial; ++d) size[2 + d] = p.out_size[3 - spatial + d];
   dense_strides(size, spatial + 2, backend.output_channels_last(args), stride);
-  const int64_t skip = batched ? 0 : 1;
-  Tensor out = empty_strided(ndim, size + skip, stride + skip, args.input);
-  TensorInfo t;
-  t.ndim = ndim;
-  t.size = size + skip;
-  t.stride = stride + skip;
-  *view = activation_view(out, t, batched);
-  backend.prepare_output(view->data, p.batch * size[1] * p.pixels() * dtype_size(p.dtype));
-  return out;
+  Shape shape;
+  shape.ndim = spatial + 2 - skip;
+  std::copy(size + skip, size + spatial + 2, shape.size);
+  std::copy(stride + skip, stride + spatial + 2, shape.stride);
+  return shape;
 }
 
-Tensor allocate_weight_grad(const ConvArgs& args, WeightView* view) {
-  const TensorInfo& w = args.weight;
-  int64_t stride[kMaxDims];
-  weight_grad_strides(w, stride);
-  Tensor dw = empty_strided(w.ndim, w.size, stride, w);
-  *view = {dw.mutable_data_ptr(), stride[0], stride[1]};
-  return dw;
+Shape weight_grad_shape(const ConvArgs& args) {
+  Shape shape;
+  shape.ndim = args.weight.ndim;
+  std::copy(args.weight.size, args.weight.size + shape.ndim, shape.size);
+  weight_grad_strides(args.weight, shape.stride);
+  return shape;
 }
 
 // A gradient of the input: channels last if the input is, contiguous otherwise.
+Shape input_grad_shape(const ConvArgs& args) {
+  Shape shape;
+  shape.ndim = args.input.ndim;
+  std::copy(args.input.size, args.input.size + shape.ndim, shape.size);
+  dense_strides(shape.size, shape.ndim, is_channels_last(args.input), shape.stride);
+  return shape;
+}
+
+// Of a result that is allocated or, where `tensor` is none, planned for.
+ActivationView activation_view(const Tensor& tensor, const Shape& shape, const ConvArgs& args) {
+  TensorInfo t;
+  t.ndim = shape.ndim;
+  t.size = shape.size;
+  t.stride = shape.stride;
+  ActivationView view;
+  view.data = shape.address_of(tensor);
+  view_strides(t, args.batched(), view.stride);
+  return view;
+}
+
+WeightView weight_view(const Tensor& tensor, const Shape& shape) {
+  return {shape.address_of(tensor), shape.stride[0], shape.stride[1]};
+}
+
+Tensor allocate(const Shape& shape, const ConvArgs& args) {
+  return empty_strided(shape.ndim, shape.size, shape.stride, args.input);
+}
+
+// An output or the gradient of an input.
+Tensor allocate_activation(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, const Shape& shape,
+                           ActivationView* view) {
+  Tensor tensor = allocate(shape, args);
+  *view = activation_view(tensor, shape, args);
+  backend.prepare_output(view->data, shape.elements() * dtype_size(p.dtype));
+  return tensor;
+}
+
+Tensor allocate_output(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, ActivationView* view) {
+  return allocate_activation(backend, args, p, output_shape(backend, args, p), view);
+}
+
 Tensor allocate_input_grad(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p,
                            ActivationView* view) {
-  const TensorInfo& x = args.input;
-  int64_t stride[kMaxDims];
-  dense_strides(x.size, x.ndim, is_channels_last(x), stride);
-  Tensor dx = empty_strided(x.ndim, x.size, stride, x);
-  TensorInfo t = x;
-  t.stride = stride;
-  *view = activation_view(dx, t, args.batched());
-  int64_t elements = 1;
-  for (int64_t d = 0; d < x.ndim; ++d) elements *= x.size[d];
-  backend.prepare_output(view->data, elements * dtype_size(p.dtype));
-  return dx;
+  return allocate_activation(backend, args, p, input_grad_shape(args), view);
+}
+
+Tensor allocate_weight_grad(const ConvArgs& args, WeightView* view) {
+  const Shape shape = weight_grad_shape(args);
+  Tensor dw = allocate(shape, args);
+  *view = weight_view(dw, shape);
+  return dw;
 }
 
 Tensor allocate_bias_grad(const ConvArgs& args, const Conv1x1Problem& p, VectorView* view) {
@@ -149,7 +199,7 @@ const void* panels_for(const Backend& backend, const GemmProblem& g, const Tenso
 
 Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight) {
   Conv1x1Problem p = problem_of(args, input, weight);
-  Tensor unused = allocate_output(backend, args, p, &p.y);
+  p.y = activation_view(Tensor(), output_shape(backend, args, p), args);
   int64_t bytes = 0;
   GemmProblem g;
   if (p.c_in != 0) {
@@ -266,7 +316,7 @@ std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& 
   if (p.c_in == 0) return "kernel=none: no input channels, no output channels";
   p.bias = bias_view(args, bias);
   if (residual) p.residual = activation_view(residual, args.residual, args.batched());
-  Tensor y = allocate_output(backend, args, p, &p.y);
+  p.y = activation_view(Tensor(), output_shape(backend, args, p), args);
   if (direction == "fprop") return backend.explain(lower_fprop(p));
   if (direction == "avg_pool") return backend.explain_avg_pool(p);
   if (direction != "dgrad" && direction != "wgrad")
@@ -274,11 +324,11 @@ std::string explain(const Backend& backend, const ConvArgs& args, const Tensor& 
   if (!masks_from_output(p.activation)) p.activation = Activation::kNone;  // torch's own derivative comes first
   p.dy = p.y;
   if (direction == "dgrad") {
-    Tensor dx = allocate_input_grad(backend, args, p, &p.dx);
+    p.dx = activation_view(Tensor(), input_grad_shape(args), args);
     return backend.explain(lower_dgrad(p));
   }
-  Tensor dw = allocate_weight_grad(args, &p.dw);
-  if (bias) p.dbias = p.bias;
+  p.dw = weight_view(Tensor(), weight_grad_shape(args));
+  if (p.bias.data) p.dbias = {planned_address(), 1};
   return backend.explain(lower_wgrad(p));
 }
 

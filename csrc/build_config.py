@@ -187,6 +187,18 @@ def driver_warning(nvcc: str, torch_cuda: str | None) -> str:
     return f"nvcc is of CUDA {nvcc}, torch of {torch_cuda}: the kernels need a driver for CUDA {nvcc.split('.')[0]}"
 
 
+def tuning_macros(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a library for bench/cuda_tiles.py is compiled with: CONV1X1_TUNING=1 asks for one.
+
+    Raises:
+        SystemExit: another value of it than 0 and 1.
+    """
+    wanted = environ.get("CONV1X1_TUNING") or "0"
+    if wanted not in ("0", "1"):
+        raise SystemExit(f"conv1x1_ext: CONV1X1_TUNING: expected 0 or 1, got {wanted!r}.")
+    return [("CONV1X1_TUNING", "1")] if wanted == "1" else []
+
+
 _ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 
 

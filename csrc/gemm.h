@@ -67,7 +67,7 @@ struct Matrix {
 
 struct GemmProblem {
   DType dtype = DType::kFloat32;      // of A, B, bias and mask in memory; half types accumulate in float32
-  DType out_dtype = DType::kFloat32;  // of D and row_sums
+  DType out_dtype = DType::kFloat32;  // of D (and the residual) and row_sums: dtype, or float32 for half types
   int64_t groups = 1, m = 0, n = 0, k = 0;
   Matrix a, b, d;                                 // a: m x k, b: k x n, d: m x n
   int64_t m_segment = 0, n_segment = 0;           // natural pieces of m and n: the pixels of one image, or all of it
@@ -83,11 +83,10 @@ struct GemmProblem {
   bool row_sums_accumulate = false;
   bool exchanged = false;  // wgrad with A and B in each other's roles: row_sums are those of B's columns, groups * n
 
-  // Average pooling: instead of D, the sum over the pixels (n if pool_along_n, else m) of every image goes to `pool`,
-  // (images, groups * channels) doubles, zeroed by the caller.
-  double* pool = nullptr;
+  // Average pooling: instead of D, the sum over the pixels (n if pool_along_n, else m) of every image is wanted.
+  bool pools = false, pool_along_n = false;
+  double* pool = nullptr;        // on the CPU where it goes, (images, groups * channels), zeroed by the caller
   uint8_t* pool_mask = nullptr;  // Conv1x1Problem's
-  bool pool_along_n = false;
 
   // The weight's panels, made by pack_weight() (cpu/plan.h) of the same weight, for a forward or dgrad of the same
   // activation layout; null: packed, where need be, at every call.
@@ -100,7 +99,7 @@ struct GemmProblem {
 GemmProblem lower_fprop(const Conv1x1Problem& p);
 GemmProblem lower_dgrad(const Conv1x1Problem& p);
 GemmProblem lower_wgrad(const Conv1x1Problem& p);
-GemmProblem lower_avg_pool(const Conv1x1Problem& p, double* pool);
+GemmProblem lower_avg_pool(const Conv1x1Problem& p);
 
 // to(channel, pixel) = from(channel, pixel) under the mask of from.aux; the vectors along `to`'s unit stride (col).
 struct MaskedCopy {

@@ -144,14 +144,14 @@ GemmProblem lower_fprop(const Conv1x1Problem& p) {
   return g;
 }
 
-GemmProblem lower_avg_pool(const Conv1x1Problem& p, double* pool) {
+GemmProblem lower_avg_pool(const Conv1x1Problem& p) {
   const int64_t in = p.c_in / p.groups, out = p.c_out / p.groups;
   const Matrix w = weight_matrix(p.w, out, p.w.stride_out, in, p.w.stride_in, out * p.w.stride_out);
   const Matrix x = activation_matrix(p, p.x, nullptr, in, true);
   GemmProblem g = pixelwise(p, w, x, Matrix(), x);
   g.activation = p.activation;
   g.bias = p.bias;
-  g.pool = pool;
+  g.pools = true;
   g.pool_mask = p.pool_mask;
   g.pool_along_n = g.bias_along_m;
   return g;

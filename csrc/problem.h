@@ -30,6 +30,10 @@ inline const char* dtype_name(DType t) {
   return names[static_cast<int>(t)];
 }
 
+// Where a tensor would lie that is planned for and never touched: as aligned as an allocation. (A null pointer says
+// that a tensor is not wanted, or has no elements.)
+inline void* planned_address() { return reinterpret_cast<void*>(intptr_t{256}); }
+
 struct ActivationView {  // input, output, residual or one of their gradients
   void* data = nullptr;
   int64_t stride[5] = {0, 0, 0, 0, 0};  // N C D H W

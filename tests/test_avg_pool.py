@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from conv1x1_ext import conv1x1_avg_pool, explain
+from conv1x1_ext import conv1x1, conv1x1_avg_pool, explain
 from conv1x1_ext._eager import make_config
 
 OP = torch.ops.conv1x1_ext.conv1x1_avg_pool
@@ -332,12 +332,14 @@ def test_create_graph_goes_through_differentiable_operators():
     assert names == {"conv1x1", "conv1x1_backward"} and dx.requires_grad
 
 
-def test_a_tensor_that_outlived_a_transform_keeps_its_gradient():
-    w, b = leaves_of(0, 1, 1)[1:]
+@pytest.mark.parametrize("function", [conv1x1, conv1x1_avg_pool])
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+def test_a_tensor_that_outlived_a_transform_keeps_its_gradient(which, function):
+    leaves = dict(zip(("input", "weight", "bias"), leaves_of(1, 1, 1), strict=True))
     kept = []
-    torch.func.grad(lambda x: kept.append(x * 1) or x.sum())(torch.randn(2, 4, 3, 2))
-    y = conv1x1_avg_pool(kept[0], w, b, groups=2)
-    assert all(g is not None for g in torch.autograd.grad(y.sum(), (w, b)))
+    torch.func.grad(lambda t: kept.append(t * 1) or t.sum())(leaves[which])
+    y = function(**{**leaves, which: kept[0]}, groups=2)
+    torch.autograd.grad(y.sum(), list(leaves.values()))  # which raises where one of them does not matter
 
 
 MEMORY = """

@@ -150,6 +150,11 @@ def test_options_of_the_other_device(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_the_sweep_of_tiles_needs_a_library_for_it():
+    with pytest.raises(SystemExit, match="CONV1X1_TUNING=1"):
+        cuda_tiles.tune()
+
+
 def test_fit_finds_a_model_that_chooses_well():
     """Of two choices a problem, the better one depends on a threshold, which is the model's only constant here."""
     times = [{"large/1": 10.0 + i, "small/1": 20.0} for i in range(20)]

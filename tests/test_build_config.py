@@ -163,6 +163,14 @@ def test_architectures_that_cannot_be(requested, visible, message):
         build_config.choose_archs(requested, visible, KIT)
 
 
+def test_only_a_library_for_tuning_can_be_tuned():
+    for off in ({}, {"CONV1X1_TUNING": ""}, {"CONV1X1_TUNING": "0"}):
+        assert build_config.tuning_macros(off) == []
+    assert build_config.tuning_macros({"CONV1X1_TUNING": "1"}) == [("CONV1X1_TUNING", "1")]
+    with pytest.raises(SystemExit, match="expected 0 or 1, got 'yes'"):
+        build_config.tuning_macros({"CONV1X1_TUNING": "yes"})
+
+
 def test_gencode_flags():
     assert build_config.gencode_flags(["8.0", "9.0a", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",

@@ -26,6 +26,7 @@ from cuda_on_cpu.cases import (
     TILED,
     avg_pool,
     avg_pool_backward,
+    avg_pool_backward_in_pieces,
     backward,
     dtype_of,
     fprop,
@@ -36,6 +37,7 @@ from cuda_on_cpu.cases import (
 from cuda_on_cpu.harness import A10, A100, GPUS, H100, SANITIZED, T4, Emulator, Gpu, intact, placed, randn_in
 from helpers import (
     ACTIVATIONS,
+    HALVES,
     ROOT,
     Case,
     conv,
@@ -49,6 +51,7 @@ def laid_out_in(t, layout):
 
 
 MMA_MODES = (TF32, torch.float16, torch.bfloat16)
+IN_PIECES = Gpu(80, 108, 163 << 10, pooled_piece=1)  # an image at a time, or a quarter of them
 MMA_TILES = ("128x128", "128x64", "64x128", "64x64")  # heuristics.h's, in its order
 
 
@@ -68,6 +71,7 @@ def test_sample(emulator, case, layouts, mode):
     if case.stride == 1:
         avg_pool(emulator, case, mode, layouts[0], "relu")
         avg_pool_backward(emulator, case, dtype_of(mode), layouts[0], "silu")
+        avg_pool_backward(emulator, case, dtype_of(mode), layouts[0], "silu", gpu=IN_PIECES)
         masked_copy(emulator, case, dtype_of(mode), layouts, "relu")
 
 
@@ -347,6 +351,22 @@ def test_avg_pool(emulator, case, layout, dtype):
 def test_avg_pool_backward(emulator, case, layout, dtype):
     for activation in (None, "silu", "gelu"):
         avg_pool_backward(emulator, case, dtype, layout, activation)
+
+
+@pytest.mark.parametrize("gpu", [IN_PIECES, Gpu(75, 40, 64 << 10, pooled_piece=1)], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("want", [(1, 1), (1, 0), (0, 1)], ids=str)
+def test_half_gradients_of_pieces_are_rounded_once(emulator, want, layout, dtype, gpu):
+    for case in (Case(4, 24, 40, (4, 4)), Case(7, 18, 12, (8, 4), 1, 2)):  # 7: the last piece is smaller
+        avg_pool_backward_in_pieces(emulator, case, dtype, layout, gpu, want)
+
+
+@pytest.mark.parametrize("dtype", POOL_DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_avg_pool_backward_in_pieces(emulator, layout, dtype):
+    for case in (Case(5, 24, 18, (7, 9)), Case(3, 20, 12, (5, 6), 1, 4), Case(6, 57, 1, (1, 1))):
+        avg_pool_backward(emulator, case, dtype, layout, "silu", gpu=IN_PIECES)
 
 
 @pytest.mark.parametrize("want", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])

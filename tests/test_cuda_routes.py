@@ -193,6 +193,9 @@ def test_fake_errors_name_the_device():
         x, w = torch.empty(2, 4, 5, 5, device="cuda"), torch.empty(6, 4, 1, 1, device="cpu")
         with pytest.raises(RuntimeError, match="weight: expected the input's device cuda:0, got cpu"):
             torch.ops.conv1x1_ext.conv1x1(x, w, None, None, [1], 1, "none", True)
+        w = torch.empty(6, 4, 1, 1, device="cuda:1")
+        with pytest.raises(RuntimeError, match="weight: expected the input's device cuda:0, got cuda:1"):
+            torch.ops.conv1x1_ext.conv1x1(x, w, None, None, [1], 1, "none", True)
 
 
 # ---- the kernels' door --------------------------------------------------------------------------------------------

@@ -248,6 +248,62 @@ def test_flush_denormal_reaches_the_worker_threads(layout):
     assert "ok" in expect_ok(run_python(FLUSH.format(layout=layout)))
 
 
+FLUSH_PASSES = """
+import torch, conv1x1_ext
+from conv1x1_ext import conv1x1, conv1x1_avg_pool
+born, layout = {born}, {layout!r}
+assert torch.set_flush_denormal(born)
+torch.set_num_threads(2)
+x = torch.randn(256, 64, 1, 1)
+conv1x1(torch.randn(8, 64, 32, 32), torch.randn(64, 64, 1, 1))  # the worker comes to be
+torch.set_flush_denormal(False)
+
+def normal(*shape):
+    t = torch.randn(*shape)
+    return t.contiguous(memory_format=torch.channels_last) if layout == "channels_last" and len(shape) == 4 else t
+
+# Denormal gradients, of which a derivative above 1 makes some normal, and a mean over pixels the others smaller.
+x, w, images = normal(256, 64, 1, 1), normal(96, 64, 1, 1) * 1e10, normal(4, 64, 16, 16)
+z = x[:, :, 0, 0] @ w[:, :, 0, 0].T
+w, small = w / 1e10 * 0.4, torch.rand(256, 96) * 1.17e-38
+y, dy = normal(4, 96, 16, 16) * 1e-39, normal(4, 96, 16, 16)
+
+def gradients(x, dy, activation):
+    leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+    dx, dw = torch.autograd.grad(conv1x1_avg_pool(*leaves, activation=activation), leaves, dy)
+    return [dx, dw]
+
+def results():
+    out = [g for activation in ("silu", "hardswish", "gelu") for g in gradients(x * 3, small, activation)]
+    out += [g for activation in ("relu", "relu6", "silu") for g in gradients(images, small[:4] * 100, activation)]
+    # The residual's gradient is dy under the mask of y, whose denormals are zeros or not.
+    ones = torch.ops.conv1x1_ext.conv1x1_backward(
+        dy, images, w, y, [1, 1], 1, "relu", False, True, True, True, True
+    )
+    return [*out, *ones]
+
+for flush in (False, True, False):
+    runs = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flush)
+        runs.append(results())
+        torch.set_flush_denormal(False)
+    same = [bool((a.view(torch.int32) == b.view(torch.int32)).all()) for a, b in zip(*runs, strict=True)]
+    assert all(same), (flush, same)
+    assert (runs[0][-1] == 0).all() if flush else (runs[0][-1] != 0).any()
+print("ok")
+"""
+
+
+@pytest.mark.cpu_only(reason="a mode of the CPU")
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("born", [False, True])
+def test_every_pass_of_a_worker_has_its_callers_floating_point_environment(born, layout):
+    """Not that of its creation: pooled backward and the masked gradient have loops of their own beside the GEMM's."""
+    assert "ok" in expect_ok(run_python(FLUSH_PASSES.format(born=born, layout=layout)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_offsets_beyond_32_bits(dtype):
     """Strides of 2^32 elements and more, over sizes of one and over tensors that share pages never touched."""

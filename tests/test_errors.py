@@ -42,6 +42,10 @@ CASES = {
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 3)},
         RuntimeError, "weight: expected a kernel of size 1 in every spatial dimension, got [2, 3, 1, 3]",
     ),
+    "3x1 kernel": (
+        lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 3, 1)},
+        RuntimeError, "weight: expected a kernel of size 1 in every spatial dimension, got [2, 3, 3, 1]",
+    ),
     "input of 2 dimensions": (
         lambda: {"input": t(3, 4), "weight": t(2, 3, 1, 1)},
         RuntimeError, "input: expected 3 (unbatched) or 4 dimensions for a weight of shape [2, 3, 1, 1], got [3, 4]",
@@ -100,6 +104,10 @@ CASES = {
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1), "bias": t(1, 2)},
         RuntimeError, "bias: expected shape [2], got [1, 2]",
     ),
+    "bias as a column": (
+        lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1), "bias": t(2, 1)},
+        RuntimeError, "bias: expected shape [2], got [2, 1]",
+    ),
     "bias dtype": (
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1), "bias": t(2, dtype=torch.bfloat16)},
         RuntimeError, "bias: expected the input's dtype float32, got bfloat16",
@@ -119,6 +127,10 @@ CASES = {
     "two strides for 1d": (
         lambda: {"input": t(1, 3, 4), "weight": t(2, 3, 1), "stride": (1, 1)},
         RuntimeError, "stride: expected 1 integer, got [1, 1]",
+    ),
+    "two strides for 3d": (
+        lambda: {"input": t(1, 3, 4, 4, 4), "weight": t(2, 3, 1, 1, 1), "stride": (1, 1)},
+        RuntimeError, "stride: expected 1 or 3 integers, got [1, 1]",
     ),
     "four strides": (
         lambda: {"input": t(1, 3, 4, 4), "weight": t(2, 3, 1, 1), "stride": (1, 1, 1, 1)},

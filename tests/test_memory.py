@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from covering import cover
-from helpers import ACTIVATIONS, DTYPES, FORMATS, ROOT, expect_ok, laid_out, randn, run_python
+from helpers import ACTIVATIONS, DEVICE, DTYPES, FORMATS, ROOT, expect_ok, laid_out, randn, run_python
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT))
 from bench.harness import NETS, load_shapes
-from conv1x1_ext import conv1x1, conv1x1_avg_pool, explain
+from conv1x1_ext import Conv1x1, conv1x1, conv1x1_avg_pool, explain
 
 MIB = 1 << 20
 CPU_ONLY = pytest.mark.cpu_only(reason="measures the process, or the CPU's workspaces")
@@ -104,6 +105,63 @@ def test_workspaces_are_bounded(dtype, layout, direction):
         taken = int(explain(x, weight, bias, layer.stride, **options)["workspace_bytes"])
         bound = workspace_bound(layer, dtype, direction, threads)
         assert taken <= bound, f"{layer}: {taken} bytes, expected at most {bound}"
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------
+
+DIRECTIONS = ["fprop", "dgrad", "wgrad", "avg_pool"]
+# Results that no machine has the memory for: 4 TiB; on a GPU, whose grids are limited, 256 GiB.
+HUGE_BATCH = 1 << (20 if DEVICE.type == "cpu" else 16)
+
+
+def huge(dtype):
+    """An input of one image's memory, whose output for 4096 channels is huge."""
+    return randn((1, 64, 16, 16), dtype).expand(HUGE_BATCH, -1, -1, -1)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_explain_takes_no_memory_for_results(dtype, direction):
+    x, w, b = huge(dtype), randn((4096, 64, 1, 1), dtype), randn((4096,), dtype)
+    assert "kernel" in explain(x, w, b, activation="relu", direction=direction)
+
+
+def test_explain_takes_no_memory_for_a_weights_gradient():
+    x, w = torch.randn(1, 1024, 1, 1), torch.randn(1, 1024, 1, 1).expand(1 << 30, -1, -1, -1)
+    assert "kernel" in explain(x, w, direction="wgrad")
+
+
+@CPU_ONLY
+def test_packing_a_weight_takes_no_memory_for_an_output():
+    m = Conv1x1(64, 4096, dtype=torch.float16).eval()
+    m.prepack(huge(torch.float16))
+    assert m.prepacked
+    x = randn((2, 64, 16, 16), torch.float16)
+    with torch.no_grad():
+        assert torch.equal(m(x), conv1x1(x, m.weight, m.bias))
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_explain_allocates_nothing(layout, direction):
+    x, w, b = laid_out((2, 8, 6, 5), torch.float32, layout), torch.randn(12, 8, 1, 1), torch.randn(12)
+    r = laid_out((2, 12, 6, 5), torch.float32, layout)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        explain(x, w, b, activation="relu", residual=r, direction=direction)
+    names = [event.name() for event in prof.profiler.kineto_results.events()]
+    assert "conv1x1_ext::_explain" in names and "[memory]" not in names
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("layout", FORMATS)
+def test_explain_casts_nothing_under_autocast(layout):
+    x, w, b = laid_out((2, 64, 6, 5), torch.float32, layout), torch.randn(128, 64, 1, 1), torch.randn(128)
+    cast = explain(x.bfloat16(), w.bfloat16(), b.bfloat16())
+    with profile(activities=[ProfilerActivity.CPU]) as prof, torch.autocast("cpu", torch.bfloat16):
+        plan = explain(x, w, b)
+    assert plan == cast
+    assert not {"aten::copy_", "aten::_to_copy"} & {event.key for event in prof.key_averages()}
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------

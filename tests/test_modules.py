@@ -9,6 +9,7 @@ import torch
 from helpers import ACTIVATIONS, activate
 from torch import nn
 
+import conv1x1_ext
 from conv1x1_ext import Conv1x1, Conv1x1_1d, Conv1x1_3d, Conv1x1AvgPool, MLPConv
 
 KINDS = [(Conv1x1_1d, nn.Conv1d, 1), (Conv1x1, nn.Conv2d, 2), (Conv1x1_3d, nn.Conv3d, 3)]
@@ -108,6 +109,20 @@ def test_constructor_errors(args, error):
         Conv1x1(**args)
 
 
+@pytest.mark.parametrize(
+    "name,value", [("activation", "gelu"), ("activation", None), ("stride", (2, 1)), ("groups", 2)]
+)
+def test_attributes_may_change_between_calls(name, value):
+    module, x = Conv1x1(4, 6, activation="relu"), torch.randn(2, 4, 5, 5)
+    module(x)
+    setattr(module, name, value)
+    if name == "groups":
+        module.weight = nn.Parameter(torch.randn(6, 2, 1, 1))
+    plain = {"groups": module.groups, "activation": module.activation}
+    expected = conv1x1_ext.conv1x1(x, module.weight, module.bias, module.stride, **plain)
+    assert torch.equal(module(x), expected)
+
+
 @kinds
 def test_from_conv2d_shares_the_parameters(ours, stock, dims):
     conv = stock(6, 8, 1, stride=2, groups=2).eval()
@@ -138,6 +153,7 @@ def test_from_conv2d_takes_what_a_1x1_kernel_makes_harmless():
 @pytest.mark.parametrize("make,error,message", [
     (lambda: nn.Conv2d(3, 4, 3), ValueError, r"expected kernel_size 1, got \(3, 3\)"),
     (lambda: nn.Conv2d(3, 4, 1, padding=1), ValueError, r"expected padding 0, got \(1, 1\)"),
+    (lambda: nn.Conv2d(3, 4, 1, padding=(0, 2)), ValueError, r"expected padding 0, got \(0, 2\)"),
     (lambda: nn.Conv1d(3, 4, 1), TypeError, "expected an initialised Conv2d, got Conv1d"),
     (lambda: nn.ConvTranspose2d(3, 4, 1), TypeError, "expected an initialised Conv2d, got ConvTranspose2d"),
     (lambda: nn.LazyConv2d(4, 1), TypeError, "expected an initialised Conv2d, got LazyConv2d"),

@@ -254,6 +254,37 @@ def test_autocast_as_conv2d(compiled, dtype):
         assert ours(torch.randn(1, 4, 3, 3)).dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone():
+    x, w, b, r = operands(grad=False)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert conv(x, w, b, 1, 2).dtype == torch.float64
+        assert conv1x1(x, w, b, groups=2, residual=r).dtype == torch.float64
+        assert conv1x1_avg_pool(x, w, b, groups=2).dtype == torch.float64
+
+
+def test_second_derivatives_with_a_stride_for_each_dimension():
+    x, w, b, _ = operands()
+    assert gradgradcheck(lambda x, w, b: conv1x1(x, w, b, (2, 1), groups=2), (x, w, b))
+
+
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_functional_derivatives_beyond_both_kinks(pool, activation):
+    x, w, b, _ = operands(grad=False)
+    x *= 8
+    z = stock_forward(x, w, b, groups=2)
+    assert (z < -3).any() and ((z > 0) & (z < 3)).any() and (z > 6).any()
+
+    def stock(x):
+        y = stock_forward(x, w, b, groups=2, activation=activation)
+        return (y.mean((-2, -1)) if pool else y).square().sum()
+
+    def ours(x):
+        return (conv1x1_avg_pool if pool else conv1x1)(x, w, b, groups=2, activation=activation).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(stock)(x))
+
+
 def test_jit_trace():
     net, x = conv1x1_ext.Conv1x1(4, 6, 2, activation="relu").eval(), torch.randn(1, 4, 5, 5)
     traced = torch.jit.trace(net, (x,))

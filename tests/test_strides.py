@@ -59,6 +59,15 @@ def test_fake_tensors_have_the_real_strides(dims, batched, dtype):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype), what
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0), (3, 0, 6), (0, 3, 4, 6)], ids=str)
+def test_fake_tensors_of_nothing_have_the_real_sizes(shape):
+    mode, x, w = FakeTensorMode(), torch.randn(shape), torch.randn(6, 3, 1, 1)
+    real = conv1x1_ext.conv1x1(x, w, None, (2, 3))
+    with mode:
+        fake = conv1x1_ext.conv1x1(mode.from_tensor(x), mode.from_tensor(w), None, (2, 3))
+    assert fake.shape == real.shape
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fake_gradients_have_the_real_strides(dims, dtype):

@@ -1,7 +1,5 @@
 #include "avg_pool.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -9,11 +7,15 @@
 #include <memory>
 #include <type_traits>
 
+#include "parallel.h"
+
 namespace conv1x1 {
 namespace {
 
 // Elements of the recomputed pre-activation held at a time. Fixed: the order in which dw is summed depends on it.
 constexpr int64_t kChunk = 1 << 20;
+
+constexpr int64_t kWorthThreads = 1 << 14, kBytesWorthThreads = 1 << 18;  // from where on a pass enters a region
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -151,8 +153,7 @@ void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t fir
   const T scale = T(1) / static_cast<T>(p.pixels());
   const DifferentiateFn<T> differentiate_row = differentiate_fn<T>(p.activation);
   const int64_t rows = images * (channels_last ? pixels : p.c_out), width = channels_last ? p.c_out : pixels;
-#pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
-  for (int64_t r = 0; r < rows; ++r) {
+  parallel_for(rows, rows * width > kWorthThreads ? threads : 1, [&](int64_t r) {
     constexpr int64_t kWidth = 256;
     T value[kWidth], grad[kWidth];
     const int64_t image = first / p.pixels() + r / (channels_last ? pixels : p.c_out),
@@ -174,7 +175,7 @@ void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t fir
       }
       kernel.unpack[storage](row, line(1, 0), 0, 1, line(n, 1), 0, n, value, kWidth);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -185,7 +186,9 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
   Buffer memory(std::calloc(static_cast<size_t>(count), sizeof(double)));
   double* sums = static_cast<double*>(memory.get());
   if (!sums) return kOutOfMemory;
-  const Status status = run_gemm(lower_avg_pool(p, sums), threads, kernels);
+  GemmProblem g = lower_avg_pool(p);
+  g.pool = sums;
+  const Status status = run_gemm(g, threads, kernels);
   const double pixels = static_cast<double>(p.pixels());
   const UnpackFn unpack = kernels.for_dtype(p.dtype).unpack[static_cast<int>(p.dtype)];
   constexpr int64_t kTogether = 64;
@@ -205,8 +208,7 @@ Status avg_pool(const Conv1x1Problem& p, void* out, int threads, const KernelSet
 
 Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& kernels) {
   const Microkernel& kernel = kernels.for_dtype(p.dtype);
-  double unused = 0;
-  const bool channels_last = !lower_avg_pool(p, &unused).pool_along_n;
+  const bool channels_last = !lower_avg_pool(p).pool_along_n;
   const bool recomputes = !p.pool_mask && p.activation != Activation::kNone;
   const int64_t limit = std::max<int64_t>(kChunk / p.c_out, 1);
   Buffer z(std::malloc(static_cast<size_t>(std::min(limit, p.batch * p.pixels()) * p.c_out * dtype_size(p.dtype))));
@@ -277,8 +279,7 @@ void mask_grad(const Conv1x1Problem& p, const ActivationView& dz, int threads, c
   const Mask mask = copy.from.aux ? copy.mask : Mask::kNone;
   constexpr int64_t kRows = 16, kCols = 128;
   const int64_t rows = copy.to.row.count, cols = copy.to.col.count, blocks = (rows + kRows - 1) / kRows;
-#pragma omp parallel for num_threads(threads) if (rows * cols > 1 << 14)
-  for (int64_t b = 0; b < blocks; ++b) {
+  parallel_for(blocks, rows * cols > kWorthThreads ? threads : 1, [&](int64_t b) {
     alignas(64) double staged[kRows * kCols];
     const int64_t r = b * kRows, nr = std::min(kRows, rows - r);
     for (int64_t c = 0; c < cols; c += kCols) {
@@ -287,17 +288,16 @@ void mask_grad(const Conv1x1Problem& p, const ActivationView& dz, int threads, c
                              mask);
       kernel.unpack[storage](copy.to.data, copy.to.row, r, nr, copy.to.col, c, nc, staged, kCols);
     }
-  }
+  });
 }
 
 void zero_fill(const Conv1x1Problem& p, int threads) {
   const int64_t bytes = p.batch * p.c_in * p.in_size[0] * p.in_size[1] * p.in_size[2] * dtype_size(p.dtype);
   char* base = static_cast<char*>(p.dx.data);
-#pragma omp parallel for num_threads(threads) if (bytes > 1 << 18)
-  for (int part = 0; part < threads; ++part) {
-    const int64_t begin = bytes / threads * part, end = part + 1 == threads ? bytes : begin + bytes / threads;
-    std::memset(base + begin, 0, static_cast<size_t>(end - begin));
-  }
+  run_team(bytes > kBytesWorthThreads ? threads : 1, [&](int thread, int team, auto /*barrier*/) {
+    const Range mine = share(bytes, team, thread);
+    std::memset(base + mine.begin, 0, static_cast<size_t>(mine.end - mine.begin));
+  });
 }
 
 }  // namespace conv1x1

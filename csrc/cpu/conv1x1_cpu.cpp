@@ -85,10 +85,7 @@ class CpuBackend final : public Backend {
     return describe(g, make_plan(g, threads_, kernels()));
   }
 
-  std::string explain_avg_pool(const Conv1x1Problem& p) const override {
-    double unused = 0;
-    return explain(lower_avg_pool(p, &unused));
-  }
+  std::string explain_avg_pool(const Conv1x1Problem& p) const override { return explain(lower_avg_pool(p)); }
 
  private:
   const int threads_;

@@ -9,7 +9,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <string>
+#include <vector>
 
 #include "microkernel.h"
 
@@ -40,10 +42,9 @@ namespace {
 // Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
 // that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
 struct Table {
-  Microkernel kernels[20];
-  const Microkernel* pointers[20];
-  KernelSet sets[5];
-  size_t count = 0, set_count = 0;
+  std::deque<Microkernel> kernels;  // which stay where they are as more are added
+  std::vector<const Microkernel*> pointers;
+  std::vector<KernelSet> sets;
 
   Table() {
     add("scalar", {make_portable_float32}, {make_portable_float64});
@@ -57,8 +58,8 @@ struct Table {
                  {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
     add_bfloat16("avx512_amx", {make_avx512_amx_bfloat16});
     if (isa_supported("avx512_amx")) {
-      sets[set_count - 1].float32_parts = add(make_avx512_amx_float32);
-      sets[set_count - 1].float16_parts = add(make_avx512_amx_float16);
+      sets.back().float32_parts = add(make_avx512_amx_float32);
+      sets.back().float16_parts = add(make_avx512_amx_float16);
     }
 #endif
   }
@@ -68,10 +69,10 @@ struct Table {
     Make usual, wide = nullptr, narrow = nullptr, tall = nullptr, float16_b = nullptr;
   };
 
-  const Microkernel* add(Make make) {
-    kernels[count] = make();
-    pointers[count] = &kernels[count];
-    return pointers[count++];
+  Microkernel* add(Make make) {
+    kernels.push_back(make());
+    pointers.push_back(&kernels.back());
+    return &kernels.back();
   }
 
   const Microkernel* add(const Shapes& shapes) {
@@ -79,27 +80,26 @@ struct Table {
     const Microkernel* narrow = shapes.narrow ? add(shapes.narrow) : nullptr;
     const Microkernel* tall = shapes.tall ? add(shapes.tall) : nullptr;
     const Microkernel* float16_b = shapes.float16_b ? add(shapes.float16_b) : nullptr;
-    Microkernel& usual = kernels[count];
-    add(shapes.usual);
-    usual.wide = wide;
-    usual.narrow = narrow;
-    usual.tall = tall;
-    usual.float16_b = float16_b;
-    return &usual;
+    Microkernel* usual = add(shapes.usual);
+    usual->wide = wide;
+    usual->narrow = narrow;
+    usual->tall = tall;
+    usual->float16_b = float16_b;
+    return usual;
   }
 
   void add(const char* isa, const Shapes& for_float32, const Shapes& for_float64) {
     if (!isa_supported(isa)) return;
     const Microkernel *float32 = add(for_float32), *float64 = add(for_float64);
-    sets[set_count++] = {isa, float32, float64, float32, nullptr, nullptr};
+    sets.push_back({isa, float32, float64, float32, nullptr, nullptr});
   }
 
   void add_bfloat16(const char* isa, const Shapes& shapes) {
     if (!isa_supported(isa)) return;
-    KernelSet set = sets[set_count - 1];  // the other types' kernels are those of the set before
+    KernelSet set = sets.back();  // the other types' kernels are those of the set before
     set.isa = isa;
     set.bfloat16 = add(shapes);
-    sets[set_count++] = set;
+    sets.push_back(set);
   }
 };
 
@@ -143,7 +143,7 @@ const std::string& amx_missing() {
 // The set for whoever asks for none: the last, but that Intel's vdpbf16ps has half the rate of multiply-adds in
 // float32, so that without AMX bfloat16 is faster converted (1.2 to 1.7 times on a Xeon; AMD's has twice that rate).
 const KernelSet& fastest(const Table& t) {
-  const KernelSet* last = &t.sets[t.set_count - 1];
+  const KernelSet* last = &t.sets.back();
 #if defined(__x86_64__)
   if (std::strcmp(last->isa, "avx512_bf16") == 0 && __builtin_cpu_is("intel")) --last;
 #endif
@@ -168,7 +168,7 @@ bool isa_supported(const std::string& isa) {
   return false;
 }
 
-KernelTable all_microkernels() { return {table().pointers, table().count}; }
+KernelTable all_microkernels() { return {table().pointers.data(), table().pointers.size()}; }
 
 const KernelSet* selected_kernels(std::string* error) {
   struct Choice {
@@ -184,9 +184,9 @@ const KernelSet* selected_kernels(std::string* error) {
       return c;
     }
     std::string known;
-    for (size_t i = 0; i < t.set_count; ++i) {
-      if (std::strcmp(t.sets[i].isa, wanted) == 0) c.set = &t.sets[i];
-      known += std::string(i ? ", " : "") + t.sets[i].isa;
+    for (const KernelSet& set : t.sets) {
+      if (std::strcmp(set.isa, wanted) == 0) c.set = &set;
+      known += (known.empty() ? "" : ", ") + std::string(set.isa);
     }
     if (c.set == nullptr)
       c.error = std::string("CONV1X1_ISA: expected one of ") + known + " on this machine, got '" + wanted + "'";

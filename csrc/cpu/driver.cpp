@@ -5,39 +5,15 @@
 //   phase 3   k-slices joined in their order; row sums written out
 //
 // Nothing here throws, and all memory is taken before the parallel region.
-#include <omp.h>
-
 #include <cstdlib>
 #include <cstring>
 
+#include "parallel.h"
 #include "plan.h"
 #include "worker.h"
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace conv1x1 {
 namespace {
-
-// OpenMP workers keep the floating-point environment of whoever ran them last; give them the caller's (flush-to-zero).
-class FloatingPointEnvironment {
- public:
-#if defined(__x86_64__)
-  FloatingPointEnvironment() : caller_(_mm_getcsr()) {}
-  unsigned enter() const {
-    const unsigned own = _mm_getcsr();
-    _mm_setcsr(caller_);
-    return own;
-  }
-  void leave(unsigned own) const { _mm_setcsr(own); }
-
- private:
-  unsigned caller_;
-#else
-  unsigned enter() const { return 0; }
-  void leave(unsigned) const {}
-#endif
-};
 
 // A small call's workspace is on the stack: aligned memory from malloc costs it 0.2 us of about 2.
 constexpr int64_t kSmallWorkspace = 16 << 10;
@@ -69,10 +45,9 @@ Status run(const GemmProblem& p, const Plan& plan) {
     shared.bias = static_cast<char*>(p.bias.data);
   }
 
-  const FloatingPointEnvironment environment;
   const bool packs_once = plan.once_a + plan.once_b > 0;
   // `id` walks the plan's threads: a team may come out smaller than asked for, and the result must not.
-  const auto team = [&](int thread, int threads, auto barrier) {
+  run_team(plan.threads, [&](int thread, int threads, auto barrier) {
     if (packs_once) {
       for (int id = thread; id < plan.threads; id += threads)
         Panels<T>(p, plan, shared, own + id * plan.per_thread()).pack_once(id, plan.threads);
@@ -85,22 +60,8 @@ Status run(const GemmProblem& p, const Plan& plan) {
       for (int id = thread; id < plan.threads; id += threads)
         Worker<T>(p, plan, shared, own + id * plan.per_thread()).join_slices(id, plan.threads);
     }
-#if defined(__x86_64__)
-    if (plan.streams) _mm_sfence();
-#endif
-  };
-  if (plan.threads == 1) {
-    team(0, 1, [] {});
-  } else {
-#pragma omp parallel num_threads(plan.threads)
-    {
-      const unsigned before = environment.enter();
-      team(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-      });
-      environment.leave(before);
-    }
-  }
+    if (plan.streams) finish_streaming();
+  });
   if (p.row_sums.data) Worker<T>(p, plan, shared, own).write_row_sums();
   std::free(allocated);
   return kOk;

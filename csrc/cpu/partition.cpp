@@ -9,7 +9,7 @@ namespace conv1x1 {
 // the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
 Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
   const int64_t count = n.count();
-  if (p.b_is_weight || p.pool || n.segments != 1 || count % parts == 0) return n;
+  if (p.b_is_weight || p.pools || n.segments != 1 || count % parts == 0) return n;
   Tiling finer = n;
   finer.per_segment = round_up(count, parts);
   const bool better =
@@ -25,7 +25,7 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   plan.part_g = plan.part_k = plan.part_m = plan.part_n = plan.threads = 1;
   if (threads == 1) return;
   // Pooled pixels of one image stay with one thread: their sum has one order.
-  const bool images_m = p.pool && !p.pool_along_n, images_n = p.pool && p.pool_along_n;
+  const bool images_m = p.pools && !p.pool_along_n, images_n = p.pools && p.pool_along_n;
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
   const double multiply = plan.kernel->ks > 1 ? plan.kernel->products / 32.0 : 0.5;

@@ -163,9 +163,8 @@ void choose_feed(const GemmProblem& p, Plan& plan) {
 
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
-  const bool weight_a = p.packed_weight && p.a_is_weight, weight_b = p.packed_weight && p.b_is_weight;
-  plan.prepacked = weight_a || weight_b;
-  const bool pools_m = p.pool && !p.pool_along_n && p.m > 0;
+  const bool weight_a = plan.prepacked && p.a_is_weight, weight_b = plan.prepacked && p.b_is_weight;
+  const bool pools_m = p.pools && !p.pool_along_n && p.m > 0;
   const int64_t m_images = pools_m ? pooled_images(p.m_segment, p.m / p.m_segment, kernel.mr) : 1;
   plan.m = Tiling(p.m, pools_m ? m_images * p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
 
@@ -174,7 +173,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
   bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, kernel, element, plan.m.count());
   if (segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
-    segment = p.pool && p.pool_along_n ? segment * pooled_images(segment, p.n / segment, kernel.vector) : p.n;
+    segment = p.pools && p.pool_along_n ? segment * pooled_images(segment, p.n / segment, kernel.vector) : p.n;
     direct = direct && p.b.col.linear();
   }
   plan.n = Tiling(p.n, segment, kernel.vector, kernel.nr / kernel.vector);
@@ -306,7 +305,7 @@ bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
   const Axis& k = p.a.col;
   const bool lines = k.inner_stride() == 1 && k.linear() && (!p.a.aux || k.aux_stride[k.nd - 1] == 1);
   const int64_t all_b = plan.n.padded() * plan.steps(plan.k_step) * element;
-  return plan.kernel->parts > 1 && plan.a == Operand::kPackBlock && lines && !p.split_k && !p.pool && p.groups == 1 &&
+  return plan.kernel->parts > 1 && plan.a == Operand::kPackBlock && lines && !p.split_k && !p.pools && p.groups == 1 &&
          plan.k_step >= plan.slice && plan.n.count() <= kMaxBlockN && all_b <= l2_bytes() / 2;
 }
 
@@ -344,7 +343,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
 }
 
 void take_turns(const GemmProblem& p, Plan& plan) {
-  if (plan.m.count() == 0 || p.pool || !channels_side_by_side(p)) return;
+  if (plan.m.count() == 0 || p.pools || !channels_side_by_side(p)) return;
   if (p.split_k) {
     plan.groups_take_turns = plan.slices > 1;
     return;
@@ -386,8 +385,8 @@ void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   const auto largest = [](const Tiling& t, int parts, bool whole_segments) {
     return whole_segments ? ceil_div(t.segments, parts) * t.per_segment : ceil_div(t.count(), parts);
   };
-  const int64_t m = largest(plan.m, plan.part_m, p.pool && !p.pool_along_n);
-  const int64_t n = std::max<int64_t>(largest(plan.n, plan.part_n, p.pool && p.pool_along_n), 1);
+  const int64_t m = largest(plan.m, plan.part_m, p.pools && !p.pool_along_n);
+  const int64_t n = std::max<int64_t>(largest(plan.n, plan.part_n, p.pools && p.pool_along_n), 1);
   plan.block_m = std::min(plan.block_m, std::max<int64_t>(m, 1));
   plan.reach_n = std::min(plan.reach_n, n);
   plan.block_n = ceil_div(plan.reach_n, ceil_div(plan.reach_n, plan.block_n));
@@ -414,13 +413,35 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   if (plan.a == Operand::kDirect && in_parts) plan.block_a = bytes(plan.panel_a * element);
   if (plan.b == Operand::kDirect && in_parts) plan.block_b = bytes(plan.panel_b * element);
-  if (p.pool && plan.kernel->parts > 1) plan.staged = clamp(plan.block_n, 1, kPooledTiles);
+  if (p.pools && plan.kernel->parts > 1) plan.staged = clamp(plan.block_n, 1, kPooledTiles);
   plan.accumulators =
       bytes((plan.kept() + plan.partials_kept + plan.staged + 1) * mr * nr * element);  // + a tile's residual
   if (plan.slices > 1) plan.partials = bytes(plan.slices * p.groups * p.m * p.n * element);
   if (p.row_sums.data) plan.sums = bytes(plan.slices * p.groups * (p.exchanged ? p.n : p.m) * 8);
   if (p.bias.data && (p.dtype != plan.kernel->dtype || p.bias.stride != 1))
     plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
+}
+
+// `prepacked`: as if the weight's panels were there already.
+Plan plan_for(const GemmProblem& p, int max_threads, const KernelSet& kernels, bool prepacked) {
+  Plan plan;
+  plan.kernel = &kernels.for_problem(p);
+  plan.isa = kernels.isa;
+  plan.prepacked = prepacked && (p.a_is_weight || p.b_is_weight);
+  plan.streams = !p.pools && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
+  // Of an accumulator, and of an element of a panel: KR operands are as wide.
+  const int64_t element = dtype_size(plan.kernel->dtype);
+  choose_operands(p, plan, element);
+  convert_b_in_place(p, plan, element);
+  choose_k(p, plan, element);
+  choose_blocks(p, plan, element);
+  choose_partition(p, plan, max_threads);
+  plan.n = evened(p, plan.n, plan.part_n);
+  take_turns(p, plan);
+  pack_where_used(p, plan, element);
+  fit_blocks_to_shares(p, plan);
+  size_workspace(p, plan, element);
+  return plan;
 }
 
 }  // namespace
@@ -437,31 +458,12 @@ int64_t Plan::per_thread() const { return block_a + block_b + accumulators; }
 int64_t Plan::total() const { return once_a + once_b + partials + sums + bias + threads * per_thread(); }
 
 Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) {
-  Plan plan;
-  plan.kernel = &kernels.for_problem(p);
-  plan.isa = kernels.isa;
-  plan.streams = !p.pool && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
-  // Of an accumulator, and of an element of a panel: KR operands are as wide.
-  const int64_t element = dtype_size(plan.kernel->dtype);
-  choose_operands(p, plan, element);
-  convert_b_in_place(p, plan, element);
-  choose_k(p, plan, element);
-  choose_blocks(p, plan, element);
-  choose_partition(p, plan, max_threads);
-  plan.n = evened(p, plan.n, plan.part_n);
-  take_turns(p, plan);
-  pack_where_used(p, plan, element);
-  fit_blocks_to_shares(p, plan);
-  size_workspace(p, plan, element);
-  return plan;
+  return plan_for(p, max_threads, kernels, p.packed_weight != nullptr);
 }
 
-int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels) {
-  GemmProblem p = problem;
-  p.packed_weight = nullptr;
-  if (!p.b_is_weight && (!p.a_is_weight || make_plan(p, 1, kernels).a == Operand::kDirect)) return 0;
-  p.packed_weight = &p;  // any: a plan reads no operand
-  const Plan plan = make_plan(p, 1, kernels);
+int64_t packed_weight_bytes(const GemmProblem& p, const KernelSet& kernels) {
+  if (!p.b_is_weight && (!p.a_is_weight || plan_for(p, 1, kernels, false).a == Operand::kDirect)) return 0;
+  const Plan plan = plan_for(p, 1, kernels, true);
   const int64_t columns = p.a_is_weight ? p.m : plan.n.padded();
   return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype) +
          (p.a_is_weight ? behind_a(*plan.kernel) : 0);

@@ -10,6 +10,7 @@
 
 #include "../binding.h"
 #include "../strides.h"
+#include "heuristics.h"
 #include "launch.h"
 
 // Only in torch's CUDA library: a strong reference would keep ours from loading with a torch that has none. Found as
@@ -50,6 +51,23 @@ const cuda::Device& device_at(int32_t index) {
   return devices.at(static_cast<size_t>(index));
 }
 
+#if defined(CONV1X1_TUNING)
+// Only in a library that was built for bench/cuda_tiles.py, by CONV1X1_TUNING=1: there a process tries tiles and models
+// through the operators as they are. No other library has a global that a call could change.
+cuda::Tuning& tuning() {
+  static cuda::Tuning tuning;
+  return tuning;
+}
+#endif
+
+cuda::Device device_of(int32_t index) {
+  cuda::Device device = device_at(index);
+#if defined(CONV1X1_TUNING)
+  device.tuning = &tuning();
+#endif
+  return device;
+}
+
 bool verbose() {
   static const bool value = [] {
     const char* text = std::getenv("CONV1X1_VERBOSE");
@@ -70,7 +88,7 @@ int32_t cuda_index(const ConvArgs& args) {
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const ConvArgs& args)
-      : index_(cuda_index(args)), guard_(index_), device_(device_at(index_)), allow_tf32_(args.allow_tf32) {
+      : index_(cuda_index(args)), guard_(index_), device_(device_of(index_)), allow_tf32_(args.allow_tf32) {
     // torch's guard has switched devices by torch's copy of the CUDA runtime, and restores it. Ours is linked in, and
     // launches on what it takes for the current device.
     int current = -1;
@@ -137,10 +155,7 @@ class CudaBackend final : public Backend {
     void* data = nullptr;
   };
 
-  void check(const Conv1x1Problem& p) const {
-    double unused = 0;
-    raise_if(cuda::check_problem(lower_avg_pool(p, &unused), device_));
-  }
+  void check(const Conv1x1Problem& p) const { raise_if(cuda::check_problem(lower_avg_pool(p), device_)); }
 
   cuda::Plan plan_of(const GemmProblem& g) const {
     raise_if(cuda::check_problem(g, device_));
@@ -167,3 +182,25 @@ std::string cuda_build_info() { return "cuda_archs=" CONV1X1_CUDA_ARCHS "\nnvcc=
 }  // namespace conv1x1
 
 STABLE_TORCH_LIBRARY_IMPL(conv1x1_ext, CUDA, m) { conv1x1::Operators<conv1x1::CudaBackend>::implement(m); }
+
+#if defined(CONV1X1_TUNING)
+// Called through ctypes while nothing else runs. `tile` and `slices`: Tuning's. The models, where not null: alone of
+// each tile, full of each, then CostModel's other members in order.
+extern "C" __attribute__((visibility("default"))) void conv1x1_ext_tune(int tile, int64_t slices, const double* bits16,
+                                                                        const double* tf32) {
+  using namespace conv1x1::cuda;
+  Tuning& t = conv1x1::tuning();
+  t.tile = tile;
+  t.slices = slices;
+  const auto read = [](const double* from, CostModel& to) {
+    if (!from) return;
+    for (int i = 0; i < kMmaTileCount; ++i) to.tiles[i] = {from[i], from[kMmaTileCount + i]};
+    from += 2 * kMmaTileCount;
+    for (double* member :
+         {&to.fixed_alone, &to.fixed_full, &to.masked_alone, &to.masked_full, &to.reduction, &to.reduced_bytes})
+      *member = *from++;
+  };
+  read(bits16, t.bits16);
+  read(tf32, t.tf32);
+}
+#endif

@@ -101,6 +101,15 @@ constexpr CostModel simt_cost(double multiply_adds) {
   return {{{1.3 * large, large}, {1.6 * small, 1.4 * small}}, 4000, 2000, 1, 1, 4000, 12};
 }
 
+// What bench/cuda_tiles.py and the emulation's tests have otherwise than a plan would choose it.
+struct Tuning {
+  int tile = -1;       // of the tensor cores' tiles, wherever it exists; -1: any
+  int64_t slices = 0;  // of k with that tile; 0: as the model says
+  CostModel bits16 = kCost16Bits, tf32 = kCostTf32;
+  int64_t pooled_piece = int64_t{1} << 24;  // elements that average pooling's backward recomputes at a time
+};
+constexpr Tuning kUntuned{};
+
 struct Choice {
   int tile = 0;
   int64_t slices = 1, slice = 0;

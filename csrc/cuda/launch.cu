@@ -110,7 +110,7 @@ GemmParams params_of(const GemmProblem& g, const Plan& plan, void* workspace, in
   p.activation = g.activation;
   p.lower = g.activation == Activation::kNone ? -INFINITY : 0.0f;
   p.upper = g.activation == Activation::kReLU6 ? 6.0f : INFINITY;
-  p.rare = g.pool || !masks_from_output(g.activation);
+  p.rare = g.pools || !masks_from_output(g.activation);
   p.bias = g.bias.data;
   p.bias_stride = g.bias.stride;
   p.bias_along_m = g.bias_along_m;
@@ -174,14 +174,13 @@ uint32_t reduce_blocks(int64_t count) {
   return static_cast<uint32_t>(std::min<int64_t>((count + kReduceThreads - 1) / kReduceThreads, INT32_MAX));
 }
 
+// The second passes, whose results are of type T.
 template <class T>
-cudaError_t run(const GemmProblem& g, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t join_slices(const GemmProblem& g, const GemmParams& p, cudaStream_t stream) {
   using Acc = typename Accumulator<T>::type;
-  const GemmParams p = params_of(g, plan, workspace);
-  cudaError_t error = launch_repacks<T>(g, plan, 1, 0, workspace, stream);
-  if (error == cudaSuccess) error = launch_gemm<T>(p, plan, stream);
+  cudaError_t error = cudaSuccess;
   const int64_t outputs = g.groups * g.m * g.n, rows = g.groups * g.m;
-  if (error == cudaSuccess && p.partials && outputs > 0) {
+  if (p.partials && outputs > 0) {
     constexpr int kCount = 16 / sizeof(Acc);
     if (p.n % kCount == 0)
       CONV1X1_LAUNCH((reduce_partials<T, kCount>), dim3(reduce_blocks(outputs / kCount)), dim3(kReduceThreads), 0,
@@ -197,6 +196,16 @@ cudaError_t run(const GemmProblem& g, const Plan& plan, void* workspace, cudaStr
     error = cudaGetLastError();
   }
   return error;
+}
+
+template <class T>
+cudaError_t run(const GemmProblem& g, const Plan& plan, void* workspace, cudaStream_t stream) {
+  const GemmParams p = params_of(g, plan, workspace);
+  cudaError_t error = launch_repacks<T>(g, plan, 1, 0, workspace, stream);
+  if (error == cudaSuccess) error = launch_gemm<T>(p, plan, stream);
+  if (error != cudaSuccess) return error;
+  return g.out_dtype == g.dtype ? join_slices<T>(g, p, stream)
+                                : join_slices<typename Accumulator<T>::type>(g, p, stream);
 }
 
 template <class T>

@@ -15,10 +15,13 @@
 
 namespace conv1x1::cuda {
 
-struct Device {           // what a plan may depend on beside the problem
-  int arch = 0;           // compute capability, 10 * major + minor
-  int sm_count = 0;       // multiprocessors
-  int shared_memory = 0;  // bytes a block may have, opted in
+struct Tuning;  // heuristics.h
+
+struct Device {                    // what a plan may depend on beside the problem
+  int arch = 0;                    // compute capability, 10 * major + minor
+  int sm_count = 0;                // multiprocessors
+  int shared_memory = 0;           // bytes a block may have, opted in
+  const Tuning* tuning = nullptr;  // null: heuristics.h as it is
 };
 
 enum class Kernel : int { kSimt, kMma };
@@ -60,7 +63,7 @@ cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& devic
                          cudaStream_t stream);
 // Its gradients, written to p.dx, p.dw and p.dbias where those have data; p.dy has no pixel strides. The pre-activation
 // is recomputed a piece at a time, which is most of the workspace: a quarter of the images, or as many as have 2^24
-// elements where that is more, and at least one.
+// elements where that is more, and at least one. Of several pieces half types' dw and dbias add up in float32.
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
                                   cudaStream_t stream);

@@ -51,6 +51,14 @@ __global__ void __launch_bounds__(kThreads)
   z[i] = narrow<T>(activation_gradient<Acc>(gradient, widen(z[i]), activation));
 }
 
+// out(row, col) = sums(row, col), rounded.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    round_sums(const float* sums, T* out, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < rows * cols) out[i / cols * row_stride + i % cols * col_stride] = narrow<T>(sums[i]);
+}
+
 template <class T>
 bool copies_in_chunks(const MaskedCopy& copy, int chunk) {
   const auto fits = [&](const Axis& axis, const int64_t* stride, bool inner) {
@@ -66,23 +74,34 @@ bool copies_in_chunks(const MaskedCopy& copy, int chunk) {
          aligned(from.aux) && aligned(to.data);
 }
 
-// The images of avg_pool's backward, a piece at a time.
+// The images of avg_pool's backward, a piece at a time. In the workspace: the pre-activation of a piece; then, where
+// half types have several pieces, dw and dbias in float32, to be rounded once; then what a GEMM needs.
 struct Pieces {
-  int64_t images = 0, bytes = 0;  // of a piece, and of its pre-activation
+  int64_t images = 0;               // of a piece
+  int64_t weights = 0, biases = 0;  // elements of the gradients that are wanted
+  int64_t bytes = 0, sums = 0;      // of the pre-activation, and of the sums
   bool channels_last = false;
 };
 
-Pieces pieces_of(const Conv1x1Problem& p) {
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+Pieces pieces_of(const Conv1x1Problem& p, const Device& device) {
   Pieces pieces;
   const int64_t image = std::max<int64_t>(1, p.c_out * p.pixels());
-  pieces.images = std::min(p.batch, std::max({int64_t{1}, (int64_t{1} << 24) / image, (p.batch + 3) / 4}));
-  pieces.bytes = (pieces.images * image * dtype_size(p.dtype) + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t least = (device.tuning ? *device.tuning : kUntuned).pooled_piece;
+  pieces.images = std::min(p.batch, std::max({int64_t{1}, least / image, (p.batch + 3) / 4}));
+  pieces.weights = p.dw.data ? p.c_out * (p.c_in / p.groups) : 0;
+  pieces.biases = p.dbias.data ? p.c_out : 0;
+  pieces.bytes = aligned(pieces.images * image * dtype_size(p.dtype));
+  const int64_t sum = static_cast<int64_t>(sizeof(float));
+  if (dtype_size(p.dtype) == 2 && pieces.images < p.batch)
+    pieces.sums = aligned((pieces.weights + pieces.biases) * sum);
   pieces.channels_last = p.x.stride[1] == 1;
   return pieces;
 }
 
-// One piece's problem: its images, with the pre-activation at `z`.
-Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t first, void* z) {
+// One piece's problem: its images, with what it needs at `workspace`.
+Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t first, void* workspace) {
   Conv1x1Problem q = p;
   q.batch = std::min(pieces.images, p.batch - first);
   const auto advance = [&](ActivationView& view) {
@@ -92,14 +111,40 @@ Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t f
   advance(q.dx);
   const int64_t pixels = p.pixels(), channel = pieces.channels_last ? 1 : pixels;
   const int64_t pixel = pieces.channels_last ? p.c_out : 1;
-  q.y.data = z;
+  q.y.data = workspace;
   const int64_t strides[5] = {p.c_out * pixels, channel, pixel * p.out_size[1] * p.out_size[2], pixel * p.out_size[2],
                               pixel};
   std::copy(strides, strides + 5, q.y.stride);
   q.residual = ActivationView();
   q.activation = Activation::kNone;
   q.accumulate_dw = first > 0;
+  if (pieces.sums > 0) {
+    float* sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + pieces.bytes);
+    if (p.dw.data) q.dw = {sums, p.c_in / p.groups, 1};
+    if (p.dbias.data) q.dbias = {sums + pieces.weights, 1};
+  }
   return q;
+}
+
+GemmProblem weight_gradient(const Conv1x1Problem& piece, const Pieces& pieces) {
+  GemmProblem g = lower_wgrad(piece);
+  if (pieces.sums > 0) g.out_dtype = DType::kFloat32;
+  return g;
+}
+
+template <class T>
+cudaError_t launch_round_sums(const Conv1x1Problem& p, const Pieces& pieces, const float* sums, cudaStream_t stream) {
+  const int64_t in = p.c_in / p.groups;
+  if (std::max(block_count(pieces.weights), block_count(pieces.biases)) > INT32_MAX)
+    return cudaErrorInvalidConfiguration;
+  if (pieces.weights > 0)
+    CONV1X1_LAUNCH((round_sums<T>), dim3(static_cast<uint32_t>(block_count(pieces.weights))), dim3(kThreads), 0, stream,
+                   sums, static_cast<T*>(p.dw.data), p.c_out, in, p.dw.stride_out, p.dw.stride_in);
+  if (pieces.biases > 0)
+    CONV1X1_LAUNCH((round_sums<T>), dim3(static_cast<uint32_t>(block_count(pieces.biases))), dim3(kThreads), 0, stream,
+                   sums + pieces.weights, static_cast<T*>(p.dbias.data), int64_t{1}, p.c_out, int64_t{0},
+                   p.dbias.stride);
+  return cudaGetLastError();
 }
 
 Conv1x1Problem one_image(const Conv1x1Problem& p) {
@@ -108,10 +153,7 @@ Conv1x1Problem one_image(const Conv1x1Problem& p) {
   return q;
 }
 
-GemmProblem pooled_problem(const Conv1x1Problem& p) {
-  static double flag = 0;  // lower_avg_pool only passes it on; nothing reads or writes it here
-  return lower_avg_pool(one_image(p), &flag);
-}
+GemmProblem pooled_problem(const Conv1x1Problem& p) { return lower_avg_pool(one_image(p)); }
 
 }  // namespace
 
@@ -167,24 +209,25 @@ cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& devic
 }
 
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32) {
-  const Pieces pieces = pieces_of(p);
+  const Pieces pieces = pieces_of(p, device);
   int64_t gemm = 0;
   const auto count = [&](const GemmProblem& g) { gemm = std::max(gemm, make_plan(g, device, allow_tf32).workspace); };
   // Piece by piece: one may be smaller, so that it is split into more slices, or lie at odd addresses.
   for (int64_t first = 0; first < std::max<int64_t>(1, p.batch); first += std::max<int64_t>(1, pieces.images)) {
-    Conv1x1Problem q = piece_of(p, pieces, first, reinterpret_cast<void*>(kAlignment));
+    Conv1x1Problem q = piece_of(p, pieces, first, planned_address());
     count(lower_fprop(q));
     q.dy = q.y;
     if (p.dx.data) count(lower_dgrad(q));
-    if (p.dw.data || p.dbias.data) count(lower_wgrad(q));
+    if (p.dw.data || p.dbias.data) count(weight_gradient(q, pieces));
   }
-  return pieces.bytes + gemm;
+  return pieces.bytes + pieces.sums + gemm;
 }
 
 cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
                                   cudaStream_t stream) {
-  const Pieces pieces = pieces_of(p);
-  void* gemm_workspace = static_cast<char*>(workspace) + pieces.bytes;
+  const Pieces pieces = pieces_of(p, device);
+  char* const sums = static_cast<char*>(workspace) + pieces.bytes;
+  void* gemm_workspace = sums + pieces.sums;
   const auto run = [&](const GemmProblem& g) {
     return run_gemm(g, make_plan(g, device, allow_tf32), gemm_workspace, stream);
   };
@@ -205,9 +248,11 @@ cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device,
       q.dy = q.y;
       q.bias = VectorView();
       if (error == cudaSuccess && p.dx.data) error = run(lower_dgrad(q));
-      if (error == cudaSuccess && (p.dw.data || p.dbias.data)) error = run(lower_wgrad(q));
+      if (error == cudaSuccess && (p.dw.data || p.dbias.data)) error = run(weight_gradient(q, pieces));
       if (error != cudaSuccess) return error;
     }
+    if constexpr (sizeof(T) == 2)
+      if (pieces.sums > 0) return launch_round_sums<T>(p, pieces, reinterpret_cast<const float*>(sums), stream);
     return cudaSuccess;
   });
 }

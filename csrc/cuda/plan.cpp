@@ -97,18 +97,6 @@ int kind_of(const GemmProblem& g, Masked masked) {
   return best;
 }
 
-// What conv1x1_ext_tune sets, for all calls of the process.
-struct Tuning {
-  int tile = -1;
-  int64_t slices = 0;
-  CostModel bits16 = kCost16Bits, tf32 = kCostTf32;
-};
-
-Tuning& tuning() {
-  static Tuning tuning;
-  return tuning;
-}
-
 int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 const char* kernel_name(const Plan& plan, DType dtype) {
@@ -150,8 +138,8 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const bool half = g.dtype == DType::kFloat16 || g.dtype == DType::kBFloat16;
   plan.tf32 = g.dtype == DType::kFloat32 && allow_tf32 && built_for(device.arch) >= 80;
   plan.kernel = (half && built_for(device.arch) >= 80) || plan.tf32 ? Kernel::kMma : Kernel::kSimt;
-  const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pool;
-  const Tuning& tuned = tuning();
+  const bool mma = plan.kernel == Kernel::kMma, may_split = !g.pools;
+  const Tuning& tuned = device.tuning ? *device.tuning : kUntuned;
   const CostModel cost = plan.tf32 ? tuned.tf32 : mma ? tuned.bits16 : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
   bool masked_tiles = false;
   if (mma) {
@@ -209,7 +197,9 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const int vector = 16 / bytes, stored = chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, vector, true);
   const bool halves = mma && bytes == 2 && stored >= 4 && !g.d.aux;
   plan.d_chunk = !masks_from_output(g.activation) ? 1 : stored == vector ? vector : halves ? 4 : 1;
-  if (plan.slices > 1 && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
+  // Half types' sums come to D as float32 by the second pass alone.
+  const bool joins = plan.slices > 1 || g.out_dtype != g.dtype;
+  if (joins && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
   if (g.row_sums.data) plan.row_sums = aligned(plan.slices * g.groups * g.m * accumulator);
   plan.workspace = plan.partials + plan.row_sums;
   for (Repack* repack : {&plan.a_repack, &plan.b_repack}) {
@@ -262,24 +252,3 @@ std::string describe(const GemmProblem& g, const Device& device, const Plan& pla
 }
 
 }  // namespace conv1x1::cuda
-
-// For benchmarks and tests (bench/cuda_tiles.py), called through ctypes while nothing else runs. `tile`: the
-// tensor-core tile to take wherever it exists, with `slices` of k; -1: any, and 0: as the model says. The models, where
-// not null: alone of each tile, full of each, then CostModel's other members in order.
-extern "C" __attribute__((visibility("default"))) void conv1x1_ext_tune(int tile, int64_t slices, const double* bits16,
-                                                                        const double* tf32) {
-  using namespace conv1x1::cuda;
-  Tuning& t = tuning();
-  t.tile = tile;
-  t.slices = slices;
-  const auto read = [](const double* from, CostModel& to) {
-    if (!from) return;
-    for (int i = 0; i < kMmaTileCount; ++i) to.tiles[i] = {from[i], from[kMmaTileCount + i]};
-    from += 2 * kMmaTileCount;
-    for (double* member :
-         {&to.fixed_alone, &to.fixed_full, &to.masked_alone, &to.masked_full, &to.reduction, &to.reduced_bytes})
-      *member = *from++;
-  };
-  read(bits16, t.bits16);
-  read(tf32, t.tf32);
-}

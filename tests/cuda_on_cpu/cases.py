@@ -209,6 +209,34 @@ def avg_pool_backward(emulator, case, dtype, layout, activation, want=(1, 1, 1),
     return results
 
 
+def avg_pool_backward_in_pieces(emulator, case, dtype, layout, gpu, want=(1, 1)):
+    """dw and dbias of pieces that nearly cancel: a sum that were rounded from piece to piece would show it.
+
+    Powers of two for the pixels, and multiples of an eighth, so that the gradients of the pixels are exact.
+    """
+    images = torch.randn(1, *case.x_shape[1:]).mul(8).round().div(8).expand(case.x_shape)
+    x, w = placed(case.x_shape, dtype, layout, images.to(dtype)), randn_in(case.w_shape, dtype)
+    large, small = (torch.randn(case.c_out).mul(8).round().div(8) for _ in range(2))
+    dy = torch.stack([large, *[small * 0] * (case.n - 3), small / 64, -large]).to(dtype)
+    assert torch.equal(dy.double().sum(0), small.double() / 64)
+    results = [placed(case.w_shape, dtype) if want[0] else None, placed((case.c_out,), dtype) if want[1] else None]
+    emulator.run(
+        "avg_pool_backward", x=x, w=w, bias=None, dy=dy, dw=results[0], dbias=results[1], groups=case.groups,
+        activation=None, gpu=gpu,
+    )  # fmt: skip
+    pixels = x[0, 0].numel()
+    dz = (dy.double() / pixels)[..., None, None].expand(case.y_shape)
+    exact = gradients(x.double(), w.double(), dz, case)[1:]
+    size = gradients(x.double().abs(), w.double().abs(), dz.abs(), case)[1:]
+    for ours, ref, magnitude in zip(results, exact, size, strict=True):
+        if ours is None:
+            continue
+        assert intact(ours)
+        rounding = torch.finfo(dtype).eps / 2 * ref.abs() + torch.finfo(dtype).tiny
+        allowed = rounding + SLOPE * chain_bound(case.n * pixels, torch.float32) * magnitude
+        assert ((ours.double() - ref).abs() <= allowed).all()
+
+
 def masked_copy(emulator, case, dtype, layouts, activation):
     x, w = randn_in(case.x_shape, dtype), randn_in(case.w_shape, dtype)
     y, keep = saved_output(case, x, w, activation, layouts[0])

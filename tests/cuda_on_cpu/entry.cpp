@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "../../csrc/cuda/heuristics.h"
 #include "../../csrc/cuda/launch.h"
 
 namespace {
@@ -154,6 +155,11 @@ extern "C" __attribute__((visibility("default"))) void conv1x1_emulated(const in
   device.sm_count = static_cast<int>(read.integer());
   device.shared_memory = static_cast<int>(read.integer());
   settings.shared_memory_limit = device.shared_memory;
+  Tuning tuning;
+  tuning.tile = static_cast<int>(read.integer());
+  tuning.slices = read.integer();
+  tuning.pooled_piece = read.integer();
+  device.tuning = &tuning;
   const bool allow_tf32 = read.integer() != 0;
 
   Conv1x1Problem p;

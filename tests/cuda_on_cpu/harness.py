@@ -34,6 +34,7 @@ class Gpu:
     shared_memory: int  # bytes a block can opt in to
     only_tile: int = -1  # of heuristics.h's, to be chosen wherever it exists, and its slices of k
     only_slices: int = 0
+    pooled_piece: int = 1 << 24  # elements that average pooling's backward recomputes at a time, or a quarter of all
 
     def __str__(self) -> str:
         return f"sm{self.arch}"
@@ -68,7 +69,7 @@ def _vector(t: Tensor | None) -> list[int]:
 class Emulator:
     def __init__(self) -> None:
         library = ctypes.CDLL(str(build.build_kernels(sanitize=SANITIZED)))
-        self._run, self._tune = library.conv1x1_emulated, library.conv1x1_ext_tune
+        self._run = library.conv1x1_emulated
 
     def run(
         self, direction: str, *, x: Tensor, w: Tensor, y: Tensor | None = None, residual: Tensor | None = None,
@@ -88,14 +89,14 @@ class Emulator:
         steps = _spatial([stride] * spatial if isinstance(stride, int) else stride, 1)
         sizes = _spatial(x.shape[2:], 1)
         values = [
-            DIRECTIONS.index(direction), seed, os_threads, gpu.arch, gpu.sm_count, gpu.shared_memory, allow_tf32,
-            DTYPES.index(x.dtype), ACTIVATIONS.index(activation), x.shape[0], x.shape[1], w.shape[0], groups,
+            DIRECTIONS.index(direction), seed, os_threads, gpu.arch, gpu.sm_count, gpu.shared_memory, gpu.only_tile,
+            gpu.only_slices, gpu.pooled_piece, allow_tf32, DTYPES.index(x.dtype), ACTIVATIONS.index(activation),
+            x.shape[0], x.shape[1], w.shape[0], groups,
             *sizes, *((n - 1) // s + 1 for n, s in zip(sizes, steps, strict=True)), *steps, accumulate,
             *_activation(x), *_activation(y), *_activation(residual), *_activation(dy), *_activation(dx),
             *_weight(w), *_weight(dw), *_vector(bias), *_vector(dbias), _address(out), *_activation(dz),
         ]  # fmt: skip
         error, description = (ctypes.create_string_buffer(_CAPACITY) for _ in range(2))
-        self._tune(gpu.only_tile, ctypes.c_int64(gpu.only_slices), None, None)
         self._run((ctypes.c_int64 * len(values))(*values), error, description, ctypes.c_int64(_CAPACITY))
         if error.value:
             raise RuntimeError(error.value.decode())

@@ -1,0 +1,1 @@
+"""Planted faults, one at a time, and the tests that must catch each: README.md."""

@@ -1,0 +1,340 @@
+"""The runner: plants each mutant of the lists, runs the tests named for it, and tells what became of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+from . import lists, tree
+from .mutant import ISA_FLAGS, Mutant, Stale, plant, put_back
+
+SECONDS = 90  # of the tests named for a mutant, what they import included; without the fault, of half of it
+FULL_SECONDS = 30 * 60
+LEAST_CAUGHT = 0.95
+SEED = "20231117"  # of the tests' random inputs: the same fault meets the same tests
+
+# Files whose tests build libraries of their own.
+NEEDS_TABLE = {"test_microkernels.py", "test_packed_weight.py"}
+NEEDS_CUDA = {"test_cuda_emulated.py"}
+
+
+@dataclass
+class Result:
+    name: str
+    key: str
+    outcome: str  # caught, survived, error, or not here
+    by: str = ""
+    seconds: float = 0
+    build_seconds: float = 0
+    full: str = ""  # what the whole suite said of a survivor: caught, survived
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of pytest came to: passed, failed, or nothing (nothing was run)."""
+
+    outcome: str
+    by: str
+    seconds: float
+
+
+def cpu_flags() -> set[str]:
+    from amx.build import cpu_flags
+
+    return cpu_flags()
+
+
+class Job:
+    """A copy of the tree, and running mutants in it one after the other."""
+
+    def __init__(self, number: int, names: list[str], tree_key: str, seconds: float) -> None:
+        from bench.microkernel_table import build_config
+
+        self.copy = tree.BUILD / f"copy{number}"
+        self.tree_key, self.seconds = tree_key, seconds
+        self.copy.mkdir(parents=True, exist_ok=True)
+        tree.refresh(self.copy, names)
+        self.library = tree.Library(self.copy, build_config())
+        self.library.build()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("CONV1X1_")},
+            "PYTHONPATH": str(self.copy),
+            # A fault of the same length in the same second would meet the bytecode of what it replaced.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "CONV1X1_TEST_SEED": SEED,
+            "OMP_WAIT_POLICY": "passive",
+        }
+
+    def environment_of(self, mutant: Mutant) -> dict[str, str]:
+        """With the libraries that its tests would build, built."""
+        environment = dict(self.environment)
+        files = {Path(word.split("::")[0]).name for test in mutant.tests for word in shlex.split(test)}
+        emulated = mutant.isa == "avx512_amx" and "amx_bf16" not in cpu_flags()
+        if mutant.isa is not None:
+            environment["CONV1X1_ISA"] = mutant.isa
+        if emulated:
+            environment["CONV1X1_TEST_AMX"] = tree.prebuild(self.copy, tree.AMX, self.environment)
+            environment["PYTHONPATH"] = os.pathsep.join([environment["CONV1X1_TEST_AMX"], environment["PYTHONPATH"]])
+        if files & NEEDS_TABLE:
+            tree.prebuild(self.copy, tree.AMX_TABLE if emulated else tree.TABLE, self.environment)
+        if files & NEEDS_CUDA:
+            tree.prebuild(self.copy, tree.CUDA, self.environment)
+        return environment
+
+    def pytest(self, arguments: Sequence[str], environment: dict[str, str], seconds: float) -> Run:
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]  # -q: pyproject.toml
+        begin = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=self.copy, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            output = None
+        finally:
+            if process.poll() is None:  # and the processes that its tests have started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return Run(*_told(process.returncode, output), time.monotonic() - begin)
+
+    def named_tests(self, mutant: Mutant, environment: dict[str, str]) -> Run:
+        spent = 0.0
+        for test in mutant.tests:
+            file, *rest = shlex.split(test)
+            run = self.pytest([f"tests/{file}", *rest], environment, max(self.seconds - spent, 1))
+            spent += run.seconds
+            if run.outcome != "passed":
+                return Run(run.outcome, run.by, spent)
+        return Run("passed", "", spent)
+
+
+def _told(status: int, output: str | None) -> tuple[str, str]:
+    """Outcome and reason of a pytest that ended with this status; no output: it was ended."""
+    if output is None:
+        return "failed", "timeout"
+    if status < 0:
+        return "failed", f"crash ({signal.Signals(-status).name})"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?\[.*?\](?= - |$)|\S+)", output, re.MULTILINE)
+    if status == 1:
+        return "failed", found.group(1).removeprefix("tests/") if found else "a failure without a name"
+    if status == 0 and re.search(r"\b\d+ passed", output):
+        return "passed", ""
+    if status in (0, 5):
+        return "nothing", "no test was run"
+    return "nothing", f"pytest ended with {status}: {' '.join(output.strip().splitlines()[-1:])}"
+
+
+class Baselines:
+    """What the tests of a selection do where nothing is planted: they pass, or a mutant would prove nothing."""
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self.known, self.lock = known, threading.Lock()
+
+    def check(self, job: Job, mutant: Mutant, record: Records) -> str:
+        """Empty, or what is wrong."""
+        from .mutant import digest
+
+        key = digest(job.tree_key, mutant.tests, mutant.isa)
+        if key not in self.known:
+            environment = job.environment_of(mutant)
+            run = job.named_tests(mutant, environment)
+            said = "" if run.outcome == "passed" else f"without it: {run.by}"
+            if not said and run.seconds > job.seconds / 2:  # or a slower machine would call any fault caught
+                said = f"its tests take {run.seconds:.0f} s without it: name fewer"
+            with self.lock:
+                self.known[key] = said
+            if not said:
+                record.add({"baseline": key, "seconds": round(run.seconds, 1)})
+        return self.known[key]
+
+
+class Records:
+    """Results as lines of JSON: a run that was ended goes on where it was."""
+
+    def __init__(self, fresh: bool) -> None:
+        self.path = tree.BUILD / "results.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # cut off
+                continue
+        self.results = {r["key"]: Result(**r) for r in found if "key" in r}
+        self.baselines = {r["baseline"]: "" for r in found if "baseline" in r}
+
+    def add(self, line: dict) -> None:
+        with self.lock, open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def result(self, result: Result) -> None:
+        self.results[result.key] = result
+        self.add(asdict(result))
+
+
+def here(mutant: Mutant, flags: set[str]) -> bool:
+    return mutant.isa is None or ISA_FLAGS[mutant.isa] <= flags
+
+
+def run_one(job: Job, mutant: Mutant, baselines: Baselines, records: Records) -> Result:
+    key = mutant.key(job.tree_key)
+    result = Result(mutant.name, key, "error")
+    try:
+        result.by = baselines.check(job, mutant, records)
+        if result.by:
+            return result
+        before = plant(job.copy, mutant)
+        try:
+            begin = time.monotonic()
+            if mutant.compiled:
+                job.library.build(keep=False)
+            environment = job.environment_of(mutant)
+            result.build_seconds = round(time.monotonic() - begin, 1)
+            run = job.named_tests(mutant, environment)
+        finally:
+            put_back(before)
+            if mutant.compiled:
+                job.library.build()
+    except (Stale, tree.BuildFailed) as error:
+        result.by = str(error)
+        return result
+    result.seconds = round(run.seconds, 1)
+    result.outcome = {"passed": "survived", "failed": "caught"}.get(run.outcome, "error")
+    result.by = run.by
+    return result
+
+
+def run_full(job: Job, mutant: Mutant, workers: int) -> Run:
+    """The whole suite against a survivor."""
+    before = plant(job.copy, mutant)
+    try:
+        if mutant.compiled:
+            job.library.build(keep=False)
+        spread = ["-n", str(workers)] if workers > 1 else []
+        return job.pytest(["tests", *spread], job.environment, FULL_SECONDS)
+    finally:
+        put_back(before)
+        if mutant.compiled:
+            job.library.build()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python tests/mutants", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="names, files and tests; runs nothing")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this one, or all whose name begins so")
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    parser.add_argument("--jobs", type=int, default=2, help="copies of the tree that work at once (2)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for a mutant's tests ({SECONDS})")
+    parser.add_argument("--no-full", action="store_true", help="do not run the whole suite against survivors")
+    return parser.parse_args()
+
+
+def chosen(only: list[str] | None) -> list[Mutant]:
+    found = [m for m in lists.MUTANTS if not only or any(m.name.startswith(name) for name in only)]
+    if not found:
+        raise SystemExit(f"mutants: none is named {', '.join(only or [])}")
+    return found
+
+
+def main() -> int:
+    options = arguments()
+    mutants = chosen(options.only)
+    if options.list:
+        for m in mutants:
+            print(f"{m.name:<40} {m.file:<44} {'; '.join(m.tests)}")
+        print(f"{len(mutants)} mutants")
+        return 0
+    sys.path.insert(0, str(tree.ROOT))
+    names = tree.files()
+    key = tree.tree_hash(names)
+    records = Records(options.fresh)
+    baselines = Baselines(records.baselines)
+    flags = cpu_flags()
+    todo = [m for m in mutants if m.key(key) not in records.results and here(m, flags)]
+    print(f"{len(mutants)} mutants, {len(todo)} to run; seed {SEED}; results in {records.path}", flush=True)
+
+    count = max(1, min(options.jobs, len(todo)))
+    jobs: SimpleQueue[Job] = SimpleQueue()
+    first = Job(0, names, key, options.seconds)  # which compiles what the others then find
+    jobs.put(first)
+    for number in range(1, count):
+        jobs.put(Job(number, names, key, options.seconds))
+
+    def work(mutant: Mutant) -> None:
+        job = jobs.get()
+        try:
+            result = run_one(job, mutant, baselines, records)
+        finally:
+            jobs.put(job)
+        if result.outcome != "error":  # which is to be mended, and then run again
+            records.result(result)
+        else:
+            records.results[result.key] = result
+        line = f"{result.outcome:<9} {result.name:<40} {result.by.splitlines()[0] if result.by else ''}"
+        print(f"{line}  ({result.build_seconds:.0f} + {result.seconds:.0f} s)", flush=True)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, todo))
+
+    results = [records.results.get(m.key(key), Result(m.name, "", "not here")) for m in mutants]
+    if not options.no_full:
+        for m, result in zip(mutants, results, strict=True):
+            if result.outcome == "survived" and not result.full:
+                print(f"the whole suite against {m.name}", flush=True)
+                run = run_full(first, m, os.cpu_count() or 1)
+                result.full = {"passed": "survived", "failed": f"caught by {run.by}"}.get(run.outcome, run.by)
+                records.result(result)
+    return report(mutants, results)
+
+
+def report(mutants: list[Mutant], results: list[Result]) -> int:
+    width = min(100, shutil.get_terminal_size((120, 0)).columns - 52)
+    print(f"\n{'':<9} {'mutant':<40} {'seconds':>7}  by")
+    for result in results:
+        by = (result.by.splitlines() or [""])[0]
+        if result.full:
+            by += f"the whole suite: {result.full}"
+        print(f"{result.outcome:<9} {result.name:<40} {result.build_seconds + result.seconds:>7.0f}  {by[:width]}")
+    run = [r for r in results if r.outcome in ("caught", "survived")]
+    caught = [r for r in run if r.outcome == "caught" or r.full.startswith("caught")]
+    ways = {"timeout": 0, "crash": 0}
+    for r in caught:
+        for way in ways:
+            ways[way] += r.by.startswith(way)
+    told = ", ".join(f"{n} by {way}" for way, n in ways.items())
+    print(f"\ncaught {len(caught)} of {len(run)} ({told}); {sum(r.outcome == 'not here' for r in results)} not here")
+    good = True
+    for m, result in zip(mutants, results, strict=True):
+        if result.outcome == "error":
+            print(f"\nerror: {m.name}: {result.by}")
+            good = False
+        elif result in run and result not in caught:
+            print(f"survived: {m.name}: {m.equivalent or 'NO REASON IS GIVEN'}")
+            good = good and bool(m.equivalent)
+        elif result in caught and m.equivalent:
+            print(f"caught, though its list says: {m.name}: {m.equivalent}")
+        if result in caught and result.outcome == "survived":
+            print(f"only the whole suite caught it: {m.name}: name that test for it")
+    if run and len(caught) < LEAST_CAUGHT * len(run):
+        print(f"fewer than {LEAST_CAUGHT:.0%} are caught")
+        good = False
+    return 0 if good else 1
