@@ -12,6 +12,8 @@ ARGS ?= --quick
 GPU_ARGS ?=
 # Test processes.
 WORKERS ?= 2
+# What check-wheel runs the wheel with: interpreters with torch 2.10 or later.
+PYTHONS ?= $(PY)
 # Arguments of tests/mutants, as in MUTANTS='--only NAME'.
 MUTANTS ?=
 
@@ -24,12 +26,15 @@ CXX_FILES = $(shell find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name 
 .DELETE_ON_ERROR:
 # One environment: installations must not run side by side.
 .NOTPARALLEL:
-.PHONY: help demo test mutants gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
+.PHONY: help demo test test-full mutants check-wheel check-build gpu-check bench lint lint-ruff lint-format lint-cpp lint-types format clean
 
 help:
 	@echo 'make demo    the article, claim by claim; then training on real digits; curves in out/digits.png'
-	@echo 'make test    all tests, WORKERS=$(WORKERS) at a time'
+	@echo 'make test    every test, WORKERS=$(WORKERS) at a time, with some of the combinations of independent parameters'
+	@echo 'make test-full  with all of them; CONV1X1_TEST_SEED=... repeats the inputs of a run'
 	@echo 'make mutants  planted faults, one at a time, and the tests that must catch each; MUTANTS=--list lists them'
+	@echo 'make check-wheel  builds a wheel and runs it with each of PYTHONS="$(PYTHONS)"'
+	@echo 'make check-build  time and memory of every source that is compiled'
 	@echo 'make gpu-check  on a machine with a GPU: build, tests, sanitizers, benchmark, with $(PYTHON) as it is'
 	@echo 'make bench   ours against torch and its peers, layer by layer; ARGS="$(ARGS)"'
 	@echo 'make lint    ruff, clang-format, mypy'
@@ -41,8 +46,24 @@ demo: $(VENV)/.stamp-examples
 	$(PY) examples/article.py
 	$(PY) examples/digits.py
 
+# worksteal: a worker that is done takes tests from one that is not, so that none is left alone with the slow ones.
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal tests
+
 test: $(VENV)/.stamp-test
-	$(PY) -m pytest -n $(WORKERS) tests
+	$(PYTEST)
+
+# Every combination of parameters, in place of tests/covering.py's choice.
+test-full: $(VENV)/.stamp-test
+	CONV1X1_TEST_FULL=1 $(PYTEST)
+
+check-wheel: $(VENV)/.stamp-test
+	rm -rf build/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PY) -m zipfile -e build/wheel/*.whl build/wheel/content
+	$(PY) tests/check_torch_versions.py --package build/wheel/content $(PYTHONS)
+
+check-build: $(VENV)/.stamp-torch
+	$(PY) tests/check_build.py
 
 mutants: $(VENV)/.stamp-test
 	$(PY) tests/mutants --jobs $(WORKERS) $(MUTANTS)

@@ -2,9 +2,9 @@
 
 ``python -m bench.ab OLD NEW`` takes two checkouts, each with its library built in place (``python setup.py build_ext
 --inplace``). Each is loaded by a process of its own. The processes are asked for samples of the same layer in turn, so
-that a drift of the machine's clock meets both alike. A layer's ratio is the old median over the new one: above 1, the new
-one is faster. Reported are the ratios' geometric mean and every layer below a limit. Results are not compared: that is
-what the tests do.
+that a drift of the machine's clock meets both alike. A layer's ratio is the old median over the new one: above 1, the
+new one is faster. Reported are the ratios' geometric mean and every layer below a limit. Results are not compared: that
+is what the tests do.
 """
 
 from __future__ import annotations

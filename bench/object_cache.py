@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import re
 import subprocess
@@ -44,7 +45,7 @@ class Unit:
 def _folders(flags: Sequence[str]) -> list[Path]:
     """The folders of -I and -isystem that belong to this repository."""
     joined = [f[2:] for f in flags if f.startswith("-I") and f != "-I"]
-    apart = [value for name, value in zip(flags, flags[1:], strict=False) if name in ("-I", "-isystem")]
+    apart = [value for name, value in itertools.pairwise(flags) if name in ("-I", "-isystem")]
     # Not those of an environment that lies in the repository, as make's does: they have versions.
     return [f for f in map(Path, (*joined, *apart)) if f.is_relative_to(ROOT) and not f.is_relative_to(sys.prefix)]
 

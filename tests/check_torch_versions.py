@@ -1,11 +1,13 @@
 """Does this one built library load and run on other torch and Python versions?
 
-    python tests/check_torch_versions.py PYTHON [PYTHON ...]
+    python tests/check_torch_versions.py [--package FOLDER] PYTHON [PYTHON ...]
 
-runs a smoke test in each interpreter against the package of this folder, prints a line for each, and fails if any does.
-Each interpreter needs torch >= 2.10. Not collected by pytest.
+runs a smoke test in each interpreter, prints a line for each, and fails if any does. The package is that of this
+repository, or that of a folder with an unpacked wheel (`make check-wheel`). Each interpreter needs torch >= 2.10. Not
+collected by pytest.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -52,26 +54,28 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}: forward o
 """
 
 
-def main(interpreters: list[str]) -> int:
-    if not interpreters:
-        print(__doc__)
-        return 2
+def main() -> int:
+    parser = argparse.ArgumentParser(description="One library, several versions of torch and Python.")
+    parser.add_argument("--package", type=Path, default=ROOT, help="where the package is (this repository)")
+    parser.add_argument("interpreters", nargs="+", metavar="PYTHON")
+    args = parser.parse_args()
+    package = str(args.package.resolve())
+    code = f"{SMOKE}\nimport conv1x1_ext\nassert conv1x1_ext.__file__.startswith({package!r}), conv1x1_ext.__file__"
     failures = 0
-    for python in interpreters:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for python in args.interpreters:
+        # Not from the repository's root, which Python would look in first.
+        run = {"env": {**os.environ, "PYTHONPATH": package}, "cwd": package, "capture_output": True, "text": True}
         try:
-            result = subprocess.run([python, "-c", SMOKE], env=environment, capture_output=True, text=True, check=False)
-            ok, output = (
-                result.returncode == 0,
-                result.stdout if result.returncode == 0 else result.stdout + result.stderr,
-            )
+            result = subprocess.run([python, "-c", code], check=False, **run)
+            ok = result.returncode == 0
+            output = result.stdout if ok else result.stdout + result.stderr
         except OSError as error:
             ok, output = False, str(error)
         print(f"{'ok  ' if ok else 'FAIL'}  {python}\n      {output.strip()}", flush=True)
         failures += not ok
-    print(f"{len(interpreters) - failures} of {len(interpreters)} interpreters pass")
+    print(f"{len(args.interpreters) - failures} of {len(args.interpreters)} interpreters pass")
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

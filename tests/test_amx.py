@@ -36,22 +36,17 @@ def environment():
     return {"CONV1X1_ISA": "avx512_amx", "CONV1X1_TEST_AMX": str(build.package())}
 
 
-# The suite's own tests of what AMX changes: its kernels, packing, parts and plans. Each entry is one process for the
-# workers of pytest-xdist to take; a file's may be several, each with its share of the tests.
+# The suite's own tests of what AMX changes: its kernels, packing, parts and plans. Each entry is a process, for the
+# workers of pytest-xdist to share.
+OPERATORS = ("test_dgrad", "test_wgrad", "test_avg_pool", "test_prepack", "test_packed_weight")
 PARTS = {
-    "kernel": ("test_microkernels.py", "avx512_amx", 4),
-    "fprop": ("test_fprop.py", "bfloat16", 1),
-    "dgrad": ("test_dgrad.py", "bfloat16", 1),
-    "wgrad": ("test_wgrad.py", "bfloat16", 1),
-    "determinism": ("test_determinism.py", "bfloat16 or avx512_amx", 1),
-    "prepack": ("test_prepack.py", "bfloat16", 1),
-    "packed weight": ("test_packed_weight.py", "bfloat16", 1),
-    "avg pool": ("test_avg_pool.py", "bfloat16", 1),
-    "edges": ("test_edges.py", "", 1),
-    "parts": ("test_parts.py", "", 2),
-    "isa": ("test_isa.py", "avx512_amx or default or explain", 1),
+    "kernels": (("test_microkernels",), "avx512_amx"),
+    "forward": (("test_fprop",), "bfloat16"),
+    "other operators": (OPERATORS, "bfloat16"),
+    "equal bits": (("test_determinism",), "bfloat16 or avx512_amx"),
+    "parts": (("test_parts", "test_edges"), ""),
+    "choice": (("test_isa",), "avx512_amx or default or explain"),
 }
-SHARES = [(name, share + 1) for name, (_, _, shares) in PARTS.items() for share in range(shares)]
 
 SESSION = """
 import contextlib, ctypes, os, sys
@@ -71,18 +66,19 @@ sys.exit(code)
 
 
 @emulated
-@pytest.mark.parametrize("part,share", SHARES)
-def test_part_of_the_suite(environment, part, share):
+@pytest.mark.parametrize("part", PARTS)
+def test_part_of_the_suite(environment, part):
     """A CPU with AMX has run all of it by itself: test_the_suite_runs_what_this_cpu_has."""
-    file, chosen, shares = PARTS[part]
-    command = [sys.executable, "-c", SESSION, str(build.table()), str(ROOT / "tests" / file), "-k", chosen]
+    files, chosen = PARTS[part]
+    paths = [str(ROOT / "tests" / f"{file}.py") for file in files]
+    command = [sys.executable, "-c", SESSION, str(build.table()), *paths, "-k", chosen]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = {**os.environ, **environment, "PYTHONPATH": path, "CONV1X1_TEST_PART": f"{share}/{shares}"}
+    env = {**os.environ, **environment, "PYTHONPATH": path}
     if chosen.startswith("bfloat16"):  # whose combinations with the other parameters would else be a fourth of them
         env["CONV1X1_TEST_DTYPES"] = "bfloat16"
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-3000:]
-    if part != "isa":  # whose AMX runs in processes of its own
+    if part != "choice":  # whose AMX runs in processes of its own
         (line,) = (line for line in result.stdout.splitlines() if line.startswith("emulated "))
         configured, _, released, _, loads, stores, products = map(int, line.split()[1:])
         assert configured == released > 0 and min(loads, stores, products) > 0, line

@@ -86,8 +86,10 @@ def test_fewer_factors_than_strength():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"whole": ("z",)}, {"keep": lambda z: True}, {"keep": lambda a: a > 9}, {"factors": {"a": []}}], ids=str
-)  # fmt: skip
+    "arguments",
+    [{"whole": ("z",)}, {"keep": lambda z: True}, {"keep": lambda a: a > 9}, {"factors": {"a": []}}],
+    ids=["unknown", "unknown to keep", "nothing kept", "no values"],
+)
 def test_mistakes_are_refused(arguments):
     with pytest.raises(ValueError, match="covering array of"):
         rows_of(**{"factors": FACTORS, **arguments})

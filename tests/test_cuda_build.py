@@ -1,19 +1,22 @@
 """What compiled CUDA kernels prove without a GPU: registers, spills, shared memory, and the instructions in SASS.
 
-Each architecture's kernels are compiled with nvcc into a temporary folder, without torch: every one that is supported,
-or those of CONV1X1_TEST_ARCHS="80 86 89" (about a minute of one core each). SASS needs cuobjdump: pip install
+An architecture's kernels are compiled with nvcc into a temporary folder, without torch, for about a minute of one core:
+those of one architecture, which CONV1X1_TEST_SEED chooses; of every one with CONV1X1_TEST_FULL=1; or those of
+CONV1X1_TEST_ARCHS="80 86 89". SASS needs cuobjdump: pip install
 'conv1x1_ext[test]'. Instructions are judged inside the main loop, the innermost loops that multiply: what is saved
 around it, as for the call of the epilogue, costs nothing.
 """
 
 import concurrent.futures
 import os
+import random
 import re
 import subprocess
 from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
+from covering import full
 from cuda_toolkit import find_cuobjdump, find_nvcc
 from helpers import ROOT
 
@@ -30,7 +33,8 @@ PRODUCTS = {"__half": "HMMA.16816.F32", "__nv_bfloat16": "HMMA.16816.F32.BF16", 
 
 
 def asked_archs():
-    asked = os.environ.get("CONV1X1_TEST_ARCHS", " ".join(SHARED))
+    one = random.Random(os.environ.get("CONV1X1_TEST_SEED", "0")).choice(list(SHARED))
+    asked = os.environ.get("CONV1X1_TEST_ARCHS", " ".join(SHARED) if full() else one)
     archs = asked.split()
     assert set(archs) <= set(SHARED), f"CONV1X1_TEST_ARCHS: expected some of {', '.join(SHARED)}, got {asked}"
     return archs

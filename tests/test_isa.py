@@ -21,7 +21,8 @@ x, w = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 1, 1)
 assert conv1x1_ext.explain(x, w)["isa"].split()[0].rstrip(",:") == isa
 cases = [Case(2, 64, 96, (14, 14)), Case(3, 33, 17, (7, 7), 2), Case(1, 130, 50, (9, 5)), Case(2, 24, 36, (6, 5), 1, 4),
          Case(1, 5, 3, (11,)), Case(2, 7, 9, (3, 4, 5), 2), Case(4, 257, 10, (1, 1))]
-factors = {{"case": cases, "layout": ("contiguous", "channels_last", "sliced"), "activation": ACTIVATIONS, "dtype": DTYPES}}
+layouts = ("contiguous", "channels_last", "sliced")
+factors = {{"case": cases, "layout": layouts, "activation": ACTIVATIONS, "dtype": DTYPES}}
 for case, layout, activation, dtype in rows_of(factors, 3, seed="{seed}"):
     x, w = laid_out(case.x_shape, dtype, layout), weight_of(case.w_shape, dtype)
     b, r = randn((case.c_out,), dtype), laid_out(case.y_shape, dtype, layout)

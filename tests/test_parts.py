@@ -214,9 +214,7 @@ def test_activations_split_between_products(layout, image, c, activation, dtype)
     assert torch.equal(one[1:2], dx[1:2])
 
 
-@cover(
-    3, channels=((64, 80), (88, 300), (600, 72)), stride=(1, 2), activation=(None, "relu", "relu6"), dtype=PARTED
-)
+@cover(3, channels=((64, 80), (88, 300), (600, 72)), stride=(1, 2), activation=(None, "relu", "relu6"), dtype=PARTED)
 def test_rows_packed_between_products(channels, stride, activation, dtype):
     """Forward and dx: tails of rows, of k and of columns, a mask, rows of the image that are left out."""
     c_in, c_out = channels

@@ -15,6 +15,7 @@ CONV1X1_TARGET_BEGIN("avx2,fma,f16c")
 namespace conv1x1 {
 namespace {
 
+#define CONV1X1_VECTOR_BYTES 32
 #include "convert.inc"
 // float16 by the instructions for it, which compilers do not find in a loop.
 inline void load_line(float* d, const Float16* s, int64_t n) {

@@ -18,6 +18,7 @@ CONV1X1_TARGET_BEGIN("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
 namespace conv1x1 {
 namespace {
 
+#define CONV1X1_VECTOR_BYTES 64
 // clang-format off: the includes build on each other
 #include "convert.inc"
 #include "avx512_float32.inc"

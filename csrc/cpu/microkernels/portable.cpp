@@ -10,7 +10,7 @@
 namespace conv1x1 {
 namespace {
 
-#define CONV1X1_LONGEST_PIECE 8
+#define CONV1X1_VECTOR_BYTES 16
 // clang-format off: the includes build on each other
 #include "convert.inc"
 #include "packing.inc"
