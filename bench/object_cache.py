@@ -18,6 +18,7 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "objects"
+# Names do not tell where the tree lies: copies of it may share a folder (tests/mutants).
+CACHE = Path(os.environ.get("CONV1X1_OBJECT_CACHE") or ROOT / "build" / "objects")
 CXX = os.environ.get("CXX", "g++")
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include[ \t]*(.*)$", re.MULTILINE)
 _NAMED = re.compile(r'"([^"]+)"|<([^>]+)>')
@@ -44,7 +46,8 @@ def _folders(flags: Sequence[str]) -> list[Path]:
     """The folders of -I and -isystem that belong to this repository."""
     joined = [f[2:] for f in flags if f.startswith("-I") and f != "-I"]
     apart = [value for name, value in itertools.pairwise(flags) if name in ("-I", "-isystem")]
-    return [folder for folder in map(Path, (*joined, *apart)) if folder.is_relative_to(ROOT)]
+    # Not those of an environment that lies in the repository, as make's does: they have versions.
+    return [f for f in map(Path, (*joined, *apart)) if f.is_relative_to(ROOT) and not f.is_relative_to(sys.prefix)]
 
 
 def included(source: Path, flags: Sequence[str] = ()) -> list[Path]:
@@ -77,10 +80,14 @@ def _hash(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
+def _in_tree(text: Path | str) -> str:
+    return str(text).replace(str(ROOT), "")
+
+
 def object_of(unit: Unit) -> Path:
     """Where a unit's object lies, or will lie."""
-    headers = [(str(h), h.read_bytes()) for h in included(unit.source, unit.flags)]
-    made_from = (str(unit.source), unit.source.read_bytes(), headers, unit.flags, unit.identity)
+    files = [(_in_tree(file), file.read_bytes()) for file in (unit.source, *included(unit.source, unit.flags))]
+    made_from = (files, tuple(map(_in_tree, unit.flags)), unit.identity)
     return CACHE / f"{unit.source.stem}-{_hash(CXX, _compiler(CXX), *made_from)}.o"
 
 
@@ -136,6 +143,7 @@ def compile_units(units: Sequence[Unit]) -> list[Path]:
 def build(name: str, units: Sequence[Unit], link_flags: Sequence[str] = ()) -> Path:
     """The shared library of some units. Raises RuntimeError with the compiler's messages."""
     objects = compile_units(units)
-    library = CACHE / f"{name}-{_hash(CXX, _compiler(CXX), [o.name for o in objects], tuple(link_flags))}.so"
+    made_from = ([o.name for o in objects], tuple(map(_in_tree, link_flags)))
+    library = CACHE / f"{name}-{_hash(CXX, _compiler(CXX), *made_from)}.so"
     _make(library, [CXX, "-shared", *map(str, objects), *link_flags])
     return library

@@ -159,7 +159,7 @@ def test_workers_share_the_cores(monkeypatch):
 
 def all_units():
     emulated = [Unit(source, tuple(cuda_build.FLAGS)) for source in (*cuda_build.kernel_sources(), *cuda_build.SHIM)]
-    return [*table_units(), *amx_build.package_units(), *emulated]
+    return [*table_units(), *amx_build.emulating(amx_build.library_units()), *emulated]
 
 
 def test_every_header_that_the_compiler_reads_is_seen():
@@ -175,7 +175,7 @@ def test_kernels_are_compiled_once_for_both_tables_and_the_emulated_library():
     """What differs is what asks for the define, and what knows Python or torch."""
     plain, table, package = (
         {unit.source.name: object_cache.object_of(unit) for unit in made}
-        for made in (table_units(), amx_build.emulating(table_units()), amx_build.package_units())
+        for made in (table_units(), amx_build.emulating(table_units()), amx_build.emulating(amx_build.library_units()))
     )
     assert {name for name in plain if plain[name] != table[name]} == {"dispatch.cpp"}
     assert {name for name in table if name in package and package[name] != table[name]} == set()

@@ -64,7 +64,7 @@ def probe() -> Path:
     return object_cache.build("amx_probe", units)
 
 
-def package_units() -> list[Unit]:
+def library_units() -> list[Unit]:
     """The library's sources. Those that the table has are torch-free, and their objects are the table's."""
     import torch
     from torch.utils import cpp_extension
@@ -77,16 +77,20 @@ def package_units() -> list[Unit]:
         torch_free = name in config.TABLE_SOURCES
         identity = () if torch_free else (torch.__version__,)
         units.append(Unit(config.CSRC / name, library_flags() if torch_free else with_torch, identity))
-    return emulating(units)
+    return units
+
+
+def link_flags() -> tuple[str, ...]:
+    """Of the library."""
+    from torch.utils import cpp_extension
+
+    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    return (*build_config().LINK_FLAGS, *libraries, "-lc10", "-ltorch_cpu", "-ltorch")
 
 
 def package() -> Path:
     """A folder with a conv1x1_ext of its own."""
-    from torch.utils import cpp_extension
-
-    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    flags = (*build_config().LINK_FLAGS, *libraries, "-lc10", "-ltorch_cpu", "-ltorch")
-    library = object_cache.build("amx_library", package_units(), flags)
+    library = object_cache.build("amx_library", emulating(library_units()), link_flags())
     folder = PACKAGE / library.stem / "conv1x1_ext"
     folder.mkdir(parents=True, exist_ok=True)
     for source in (*(ROOT / "conv1x1_ext").glob("*.py"), library):

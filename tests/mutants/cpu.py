@@ -92,7 +92,7 @@ MUTANTS = [
     ),
     mutant(
         "panels-beforehand-know-the-threads", PARTITION,
-        "if (p.b_is_weight || p.pool || n.segments != 1", "if (p.pool || n.segments != 1",
+        "if (p.b_is_weight || p.pools || n.segments != 1", "if (p.pools || n.segments != 1",
         "test_prepack.py::test_many_pixels_on_two_threads",
         "test_packed_weight.py",
     ),

@@ -106,8 +106,8 @@ MUTANTS = [
     ),
     # ---- convert.inc
     mutant(
-        "lines-between-eight-and-sixteen-cut", CONVERT,
-        "    if (n > 8) f(n - 8, std::integral_constant<int, 8>());\n", "",
+        "lines-cut-to-whole-pieces", CONVERT,
+        "if (n > PIECE) return f(n - PIECE, lanes);", "if (n > PIECE) return;",
         "test_wgrad.py::test_channel_tails",
         **AVX2,
     ),

@@ -101,21 +101,20 @@ MUTANTS = [
     ),
     mutant(
         "tile-half-of-the-last-vector-stored-whole", TILE,
-        "V::half_of(acc[i][j], bfloat), j == NV - 1 ? tail : V::first(W));",
-        "V::half_of(acc[i][j], bfloat), V::first(W));",
+        "const auto lanes = j == NV - 1 ? tail : V::first(W);", "const auto lanes = V::first(W);",
         "test_fprop.py::test_shapes",
         **BF16,
     ),
     # ---- tile_epilogue.inc
     mutant(
         "residual-taken-for-none", EPILOGUE,
-        "return !e.residual && !t.splits &&", "return !t.splits &&",
+        "return !e.residual && !t.splits && (e.store", "return !t.splits && (e.store",
         "test_fprop.py::test_epilogue",
         **AVX2,
     ),
     mutant(
         "split-columns-stored-as-one-run", EPILOGUE,
-        "return !e.residual && !t.splits && !e.stream &&", "return !e.residual && !e.stream &&",
+        "return !e.residual && !t.splits && (e.store", "return !e.residual && (e.store",
         "test_fprop.py -k 'test_shapes or test_layouts'",
         **AVX512,
     ),

@@ -16,20 +16,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from queue import SimpleQueue
 
 from . import lists, tree
-from .mutant import ISA_FLAGS, Mutant, Stale, plant, put_back
+from .mutant import ISA_FLAGS, Mutant, Stale, digest
 
 SECONDS = 90  # of the tests named for a mutant, what they import included; without the fault, of half of it
 FULL_SECONDS = 30 * 60
 LEAST_CAUGHT = 0.95
 SEED = "20231117"  # of the tests' random inputs: the same fault meets the same tests
-
-# Files whose tests build libraries of their own.
-NEEDS_TABLE = {"test_microkernels.py", "test_packed_weight.py"}
-NEEDS_CUDA = {"test_cuda_emulated.py"}
 
 
 @dataclass
@@ -52,75 +47,33 @@ class Run:
     seconds: float
 
 
-def cpu_flags() -> set[str]:
-    from amx.build import cpu_flags
+def run_pytest(job: tree.Job, arguments: Sequence[str], environment: dict[str, str], seconds: float) -> Run:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]  # -q: pyproject.toml
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=job.copy, env={**environment, "CONV1X1_TEST_SEED": SEED}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        output = None
+    finally:
+        if process.poll() is None:  # and the processes that its tests have started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Run(*_told(process.returncode, output), time.monotonic() - begin)
 
-    return cpu_flags()
 
-
-class Job:
-    """A copy of the tree, and running mutants in it one after the other."""
-
-    def __init__(self, number: int, names: list[str], tree_key: str, seconds: float) -> None:
-        from bench.microkernel_table import build_config
-
-        self.copy = tree.BUILD / f"copy{number}"
-        self.tree_key, self.seconds = tree_key, seconds
-        self.copy.mkdir(parents=True, exist_ok=True)
-        tree.refresh(self.copy, names)
-        self.library = tree.Library(self.copy, build_config())
-        self.library.build()
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("CONV1X1_")},
-            "PYTHONPATH": str(self.copy),
-            # A fault of the same length in the same second would meet the bytecode of what it replaced.
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "CONV1X1_TEST_SEED": SEED,
-            "OMP_WAIT_POLICY": "passive",
-        }
-
-    def environment_of(self, mutant: Mutant) -> dict[str, str]:
-        """With the libraries that its tests would build, built."""
-        environment = dict(self.environment)
-        files = {Path(word.split("::")[0]).name for test in mutant.tests for word in shlex.split(test)}
-        emulated = mutant.isa == "avx512_amx" and "amx_bf16" not in cpu_flags()
-        if mutant.isa is not None:
-            environment["CONV1X1_ISA"] = mutant.isa
-        if emulated:
-            environment["CONV1X1_TEST_AMX"] = tree.prebuild(self.copy, tree.AMX, self.environment)
-            environment["PYTHONPATH"] = os.pathsep.join([environment["CONV1X1_TEST_AMX"], environment["PYTHONPATH"]])
-        if files & NEEDS_TABLE:
-            tree.prebuild(self.copy, tree.AMX_TABLE if emulated else tree.TABLE, self.environment)
-        if files & NEEDS_CUDA:
-            tree.prebuild(self.copy, tree.CUDA, self.environment)
-        return environment
-
-    def pytest(self, arguments: Sequence[str], environment: dict[str, str], seconds: float) -> Run:
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]  # -q: pyproject.toml
-        begin = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=self.copy, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            output = None
-        finally:
-            if process.poll() is None:  # and the processes that its tests have started
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return Run(*_told(process.returncode, output), time.monotonic() - begin)
-
-    def named_tests(self, mutant: Mutant, environment: dict[str, str]) -> Run:
-        spent = 0.0
-        for test in mutant.tests:
-            file, *rest = shlex.split(test)
-            run = self.pytest([f"tests/{file}", *rest], environment, max(self.seconds - spent, 1))
-            spent += run.seconds
-            if run.outcome != "passed":
-                return Run(run.outcome, run.by, spent)
-        return Run("passed", "", spent)
+def named_tests(job: tree.Job, mutant: Mutant, environment: dict[str, str], seconds: float) -> Run:
+    spent = 0.0
+    for test in mutant.tests:
+        file, *rest = shlex.split(test)
+        run = run_pytest(job, [f"tests/{file}", *rest], environment, max(seconds - spent, 1))
+        spent += run.seconds
+        if run.outcome != "passed":
+            return Run(run.outcome, run.by, spent)
+    return Run("passed", "", spent)
 
 
 def _told(status: int, output: str | None) -> tuple[str, str]:
@@ -137,30 +90,6 @@ def _told(status: int, output: str | None) -> tuple[str, str]:
     if status in (0, 5):
         return "nothing", "no test was run"
     return "nothing", f"pytest ended with {status}: {' '.join(output.strip().splitlines()[-1:])}"
-
-
-class Baselines:
-    """What the tests of a selection do where nothing is planted: they pass, or a mutant would prove nothing."""
-
-    def __init__(self, known: dict[str, str]) -> None:
-        self.known, self.lock = known, threading.Lock()
-
-    def check(self, job: Job, mutant: Mutant, record: Records) -> str:
-        """Empty, or what is wrong."""
-        from .mutant import digest
-
-        key = digest(job.tree_key, mutant.tests, mutant.isa)
-        if key not in self.known:
-            environment = job.environment_of(mutant)
-            run = job.named_tests(mutant, environment)
-            said = "" if run.outcome == "passed" else f"without it: {run.by}"
-            if not said and run.seconds > job.seconds / 2:  # or a slower machine would call any fault caught
-                said = f"its tests take {run.seconds:.0f} s without it: name fewer"
-            with self.lock:
-                self.known[key] = said
-            if not said:
-                record.add({"baseline": key, "seconds": round(run.seconds, 1)})
-        return self.known[key]
 
 
 class Records:
@@ -186,55 +115,60 @@ class Records:
         with self.lock, open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def result(self, result: Result) -> None:
-        self.results[result.key] = result
-        self.add(asdict(result))
 
+class Session:
+    """What all mutants of a run share."""
 
-def here(mutant: Mutant, flags: set[str]) -> bool:
-    return mutant.isa is None or ISA_FLAGS[mutant.isa] <= flags
+    def __init__(self, names: list[str], seconds: float, fresh: bool) -> None:
+        self.names, self.seconds = names, seconds
+        self.tree = tree.tree_hash(names)
+        self.records = Records(fresh)
+        self.flags = tree.cpu_flags()
 
+    def here(self, mutant: Mutant) -> bool:
+        return mutant.isa is None or ISA_FLAGS[mutant.isa] <= self.flags
 
-def run_one(job: Job, mutant: Mutant, baselines: Baselines, records: Records) -> Result:
-    key = mutant.key(job.tree_key)
-    result = Result(mutant.name, key, "error")
-    try:
-        result.by = baselines.check(job, mutant, records)
-        if result.by:
-            return result
-        before = plant(job.copy, mutant)
+    def baseline(self, job: tree.Job, mutant: Mutant) -> str:
+        """What is wrong with a mutant's tests where nothing is planted; empty if they pass, or they would prove
+        nothing."""
+        key = digest(self.tree, mutant.tests, mutant.isa)
+        known = self.records.baselines
+        if key not in known:
+            run = named_tests(job, mutant, job.environment_of(mutant), self.seconds)
+            known[key] = "" if run.outcome == "passed" else f"without it: {run.by}"
+            if not known[key] and run.seconds > self.seconds / 2:  # or a slower machine would call any fault caught
+                known[key] = f"its tests take {run.seconds:.0f} s without it: name fewer"
+            if not known[key]:
+                self.records.add({"baseline": key, "seconds": round(run.seconds, 1)})
+        return known[key]
+
+    def run(self, job: tree.Job, mutant: Mutant) -> Result:
+        result = Result(mutant.name, mutant.key(self.tree), "error")
         try:
+            result.by = self.baseline(job, mutant)
+            if result.by:
+                return result
             begin = time.monotonic()
-            if mutant.compiled:
-                job.library.build(keep=False)
-            environment = job.environment_of(mutant)
-            result.build_seconds = round(time.monotonic() - begin, 1)
-            run = job.named_tests(mutant, environment)
-        finally:
-            put_back(before)
-            if mutant.compiled:
-                job.library.build()
-    except (Stale, tree.BuildFailed) as error:
-        result.by = str(error)
+            with job.planted(mutant):
+                environment = job.environment_of(mutant)
+                result.build_seconds = round(time.monotonic() - begin, 1)
+                run = named_tests(job, mutant, environment, self.seconds)
+        except (Stale, tree.BuildFailed) as error:
+            result.by = str(error)
+            return result
+        result.seconds = round(run.seconds, 1)
+        result.outcome = {"passed": "survived", "failed": "caught"}.get(run.outcome, "error")
+        result.by = run.by
         return result
-    result.seconds = round(run.seconds, 1)
-    result.outcome = {"passed": "survived", "failed": "caught"}.get(run.outcome, "error")
-    result.by = run.by
-    return result
 
-
-def run_full(job: Job, mutant: Mutant, workers: int) -> Run:
-    """The whole suite against a survivor."""
-    before = plant(job.copy, mutant)
-    try:
-        if mutant.compiled:
-            job.library.build(keep=False)
+    def run_full(self, job: tree.Job, mutant: Mutant) -> str:
+        """What the whole suite says of a survivor. The list of mutants knows that it does not fit: it is left out."""
+        workers = os.cpu_count() or 1
         spread = ["-n", str(workers)] if workers > 1 else []
-        return job.pytest(["tests", *spread], job.environment, FULL_SECONDS)
-    finally:
-        put_back(before)
-        if mutant.compiled:
-            job.library.build()
+        with job.planted(mutant):
+            ignored = ["--ignore=tests/test_mutants.py"]
+            run = run_pytest(job, ["tests", *ignored, *spread], job.environment, FULL_SECONDS)
+        return {"passed": "survived", "failed": f"caught by {run.by}"}.get(run.outcome, run.by)
 
 
 def arguments() -> argparse.Namespace:
@@ -260,60 +194,55 @@ def main() -> int:
     mutants = chosen(options.only)
     if options.list:
         for m in mutants:
-            print(f"{m.name:<40} {m.file:<44} {'; '.join(m.tests)}")
+            print(f"{m.name:<48} {m.file:<44} {'; '.join(m.tests)}")
         print(f"{len(mutants)} mutants")
         return 0
     sys.path.insert(0, str(tree.ROOT))
-    names = tree.files()
-    key = tree.tree_hash(names)
-    records = Records(options.fresh)
-    baselines = Baselines(records.baselines)
-    flags = cpu_flags()
-    todo = [m for m in mutants if m.key(key) not in records.results and here(m, flags)]
-    print(f"{len(mutants)} mutants, {len(todo)} to run; seed {SEED}; results in {records.path}", flush=True)
-
+    session = Session(tree.files(), options.seconds, options.fresh)
+    known = session.records.results
+    todo = [m for m in mutants if m.key(session.tree) not in known and session.here(m)]
+    print(f"{len(mutants)} mutants, {len(todo)} to run; seed {SEED}; results in {session.records.path}", flush=True)
+    tree.link_objects(tree.ROOT / "build" / "objects", tree.OBJECTS)
     count = max(1, min(options.jobs, len(todo)))
-    jobs: SimpleQueue[Job] = SimpleQueue()
-    first = Job(0, names, key, options.seconds)  # which compiles what the others then find
+    jobs: SimpleQueue[tree.Job] = SimpleQueue()
+    first = tree.Job(0, session.names)  # which compiles what the others then find
     jobs.put(first)
     for number in range(1, count):
-        jobs.put(Job(number, names, key, options.seconds))
+        jobs.put(tree.Job(number, session.names))
 
     def work(mutant: Mutant) -> None:
         job = jobs.get()
         try:
-            result = run_one(job, mutant, baselines, records)
+            result = session.run(job, mutant)
         finally:
             jobs.put(job)
+        known[result.key] = result
         if result.outcome != "error":  # which is to be mended, and then run again
-            records.result(result)
-        else:
-            records.results[result.key] = result
-        line = f"{result.outcome:<9} {result.name:<40} {result.by.splitlines()[0] if result.by else ''}"
+            session.records.add(asdict(result))
+        line = f"{result.outcome:<9} {result.name:<48} {result.by.splitlines()[0] if result.by else ''}"
         print(f"{line}  ({result.build_seconds:.0f} + {result.seconds:.0f} s)", flush=True)
 
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, todo))
 
-    results = [records.results.get(m.key(key), Result(m.name, "", "not here")) for m in mutants]
+    results = [known.get(m.key(session.tree), Result(m.name, "", "not here")) for m in mutants]
     if not options.no_full:
         for m, result in zip(mutants, results, strict=True):
             if result.outcome == "survived" and not result.full:
                 print(f"the whole suite against {m.name}", flush=True)
-                run = run_full(first, m, os.cpu_count() or 1)
-                result.full = {"passed": "survived", "failed": f"caught by {run.by}"}.get(run.outcome, run.by)
-                records.result(result)
+                result.full = session.run_full(first, m)
+                session.records.add(asdict(result))
     return report(mutants, results)
 
 
 def report(mutants: list[Mutant], results: list[Result]) -> int:
-    width = min(100, shutil.get_terminal_size((120, 0)).columns - 52)
-    print(f"\n{'':<9} {'mutant':<40} {'seconds':>7}  by")
+    width = min(100, shutil.get_terminal_size((120, 0)).columns - 60)
+    print(f"\n{'':<9} {'mutant':<48} {'seconds':>7}  by")
     for result in results:
         by = (result.by.splitlines() or [""])[0]
         if result.full:
             by += f"the whole suite: {result.full}"
-        print(f"{result.outcome:<9} {result.name:<40} {result.build_seconds + result.seconds:>7.0f}  {by[:width]}")
+        print(f"{result.outcome:<9} {result.name:<48} {result.build_seconds + result.seconds:>7.0f}  {by[:width]}")
     run = [r for r in results if r.outcome in ("caught", "survived")]
     caught = [r for r in run if r.outcome == "caught" or r.full.startswith("caught")]
     ways = {"timeout": 0, "crash": 0}

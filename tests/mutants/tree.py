@@ -1,19 +1,24 @@
 """A copy of the tree for each job, and the library that its tests import.
 
-A mutant is planted into a copy under build/mutants, never into the tree itself. Objects are kept there too, named by a
-hash of the compiler's flags, the source and all that it includes: a fault costs one translation unit and a link.
+A mutant is planted into a copy under build/mutants, never into the tree itself. Objects are those of
+bench/object_cache.py, which all copies share: a fault costs the translation units that see it, and a link.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from .mutant import closure, digest
+from .mutant import Mutant, digest, plant, put_back
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "mutants"
@@ -21,6 +26,13 @@ OBJECTS = BUILD / "objects"
 # What decides a result; the lists of mutants do not.
 DECIDES = ("csrc/", "conv1x1_ext/", "bench/", "tests/", "pyproject.toml")
 LISTS = ("tests/mutants/", "tests/test_mutants.py")
+
+# Files whose tests build libraries of their own, and how they do.
+NEEDS_TABLE, NEEDS_CUDA = {"test_microkernels.py", "test_packed_weight.py"}, {"test_cuda_emulated.py"}
+TABLE = "from bench.microkernel_table import table_library, table_units; table_library('table', table_units())"
+AMX_TABLE = "from amx import build; build.table()"
+AMX = "from amx import build; print(build.package())"
+CUDA = "from cuda_on_cpu import build; build.build_kernels()"
 
 
 class BuildFailed(Exception):
@@ -41,6 +53,7 @@ def tree_hash(names: list[str]) -> str:
 
 def refresh(copy: Path, names: list[str]) -> None:
     """Makes the copy what the tree is, by content: what has not changed keeps its time."""
+    copy.mkdir(parents=True, exist_ok=True)
     for name in names:
         source, target = ROOT / name, copy / name
         if not target.is_file() or target.read_bytes() != source.read_bytes():
@@ -54,75 +67,114 @@ def refresh(copy: Path, names: list[str]) -> None:
             path.unlink()
 
 
-class Library:
-    """conv1x1_ext/_C.abi3.so of a copy, without CUDA."""
+def link_objects(source: Path, target: Path) -> None:
+    """What is compiled already: the same files under another folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*"):
+        if path.suffix in (".o", ".so") and not (target / path.name).exists():
+            os.link(path, target / path.name)
 
-    def __init__(self, copy: Path, build_config: ModuleType) -> None:
-        from torch.utils import cpp_extension
 
-        self.csrc = copy / "csrc"
-        self.target = copy / "conv1x1_ext" / "_C.abi3.so"
-        self.cxx = os.environ.get("CXX", "c++")
-        self.sources = [*build_config.LIBRARY_SOURCES, *build_config.NO_CUDA_SOURCES]
-        self.flags = ["-fPIC", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={build_config.TORCH_TARGET}"]
-        self.flags += [f"-I{folder}" for folder in cpp_extension.include_paths()]
-        self.flags += build_config.CXX_FLAGS
-        self.link = [*build_config.LINK_FLAGS, *(f"-L{folder}" for folder in cpp_extension.library_paths())]
-        self.link += ["-ltorch", "-ltorch_cpu", "-lc10"]
-        self.linked = ""
+class Job:
+    """A copy of the tree and the library in it, with a fault or without."""
 
-    def object_of(self, source: str) -> Path:
-        texts = [(path.relative_to(self.csrc.resolve()), path.read_bytes()) for path in self._closure(source)]
-        return OBJECTS / f"{Path(source).stem}-{digest(self.cxx, self.flags, source, texts)}.o"
+    def __init__(self, number: int, names: list[str]) -> None:
+        from amx import build
 
-    def _closure(self, source: str) -> list[Path]:
-        return closure(self.csrc / source, self.csrc)
+        self.copy = BUILD / f"copy{number}"
+        self.planted_objects = BUILD / f"planted{number}"
+        refresh(self.copy, names)
+        self.object_cache = _load(self.copy / "bench" / "object_cache.py", f"object_cache_of_copy{number}")
+        self.units = [replace(u, source=self.copy / u.source.relative_to(ROOT)) for u in build.library_units()]
+        self.link_flags = build.link_flags()
+        self.library = ""  # what is there
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("CONV1X1_")},
+            "PYTHONPATH": str(self.copy),
+            # A fault of the same length in the same second would meet the bytecode of what it replaced.
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        self.build(OBJECTS)
 
-    def build(self, keep: bool = True) -> None:
-        """Compiles what has changed and links. Without `keep`, new objects are thrown away again: a mutant's.
+    def build(self, objects: Path) -> None:
+        """Compiles what has changed and puts the library in its place.
 
         Raises:
             BuildFailed: with the compiler's messages.
         """
-        OBJECTS.mkdir(parents=True, exist_ok=True)
-        objects, new = [], []
-        for source in self.sources:
-            target = self.object_of(source)
-            if not target.exists():
-                partial = target.with_name(f"{target.name}.{os.getpid()}-{self.csrc.parent.name}")
-                _run([self.cxx, *self.flags, "-c", source, "-o", str(partial)], self.csrc)
-                partial.replace(target)
-                new.append(target)
-            objects.append(str(target))
-        linked = digest(objects, self.link)
-        if linked != self.linked or not self.target.exists():
-            # By another name first: a process that has the old one open keeps it.
-            partial = self.target.with_suffix(".partial")
-            _run([self.cxx, "-shared", *objects, *self.link, "-o", str(partial)], self.csrc)
-            partial.replace(self.target)
-            self.linked = linked
-        if not keep:
-            for path in new:
-                path.unlink(missing_ok=True)
+        self.environment["CONV1X1_OBJECT_CACHE"] = str(objects)
+        self.object_cache.CACHE = objects
+        try:
+            library = self.object_cache.build("library", self.units, self.link_flags)
+        except RuntimeError as error:
+            raise BuildFailed(str(error)[-3000:]) from None
+        target = self.copy / "conv1x1_ext" / "_C.abi3.so"
+        if library.name != self.library:
+            partial = target.with_suffix(".partial")
+            shutil.copyfile(library, partial)
+            partial.replace(target)  # by another name first: a process that has the old one open keeps it
+            self.library = library.name
+
+    @contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """The copy with the fault in it, as long as the context lasts. Its objects are thrown away afterwards.
+
+        Raises:
+            BuildFailed, Stale
+        """
+        before = plant(self.copy, mutant)
+        try:
+            if mutant.compiled:
+                shutil.rmtree(self.planted_objects, ignore_errors=True)
+                link_objects(OBJECTS, self.planted_objects)
+                self.build(self.planted_objects)
+            yield
+        finally:
+            put_back(before)
+            if mutant.compiled:
+                self.build(OBJECTS)
+                shutil.rmtree(self.planted_objects, ignore_errors=True)
+
+    def environment_of(self, mutant: Mutant) -> dict[str, str]:
+        """For the mutant's tests, with the libraries that they would build, built: that must not count as their time.
+
+        Raises:
+            BuildFailed
+        """
+        environment = dict(self.environment)
+        files = {Path(word.split("::")[0]).name for test in mutant.tests for word in shlex.split(test)}
+        emulated = mutant.isa == "avx512_amx" and "amx_bf16" not in cpu_flags()
+        if mutant.isa is not None:
+            environment["CONV1X1_ISA"] = mutant.isa
+        if emulated:
+            environment["CONV1X1_TEST_AMX"] = self.prebuild(AMX)
+            environment["PYTHONPATH"] = os.pathsep.join([environment["CONV1X1_TEST_AMX"], environment["PYTHONPATH"]])
+        if files & NEEDS_TABLE:
+            self.prebuild(AMX_TABLE if emulated else TABLE)
+        if files & NEEDS_CUDA:
+            self.prebuild(CUDA)
+        return environment
+
+    def prebuild(self, code: str) -> str:
+        """Runs a build of the tests' in the copy; the last line that it printed."""
+        command = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests'); " + code]
+        result = subprocess.run(command, cwd=self.copy, env=self.environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise BuildFailed(f"{code}\n{result.stdout[-1500:]}{result.stderr[-3000:]}")
+        return (result.stdout.splitlines() or [""])[-1]
 
 
-def _run(command: list[str], folder: Path) -> None:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise BuildFailed(f"{' '.join(command[-3:])}\n{result.stderr[-3000:]}")
+def _load(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up their own module
+    spec.loader.exec_module(module)
+    return module
 
 
-# Libraries that tests make for themselves, which must not count as a test's time: made before, by the tests' own means.
-TABLE = "from bench.microkernel_table import load_table; load_table()"
-CUDA = "import sys; sys.path.insert(0, 'tests'); from cuda_on_cpu import build; build.build_kernels()"
-AMX = "import sys; sys.path.insert(0, 'tests'); from amx import build; print(build.package())"
-AMX_TABLE = "import sys; sys.path.insert(0, 'tests'); from amx import build; build.table()"
+def cpu_flags() -> set[str]:
+    from amx import build
 
-
-def prebuild(copy: Path, code: str, environment: dict[str, str]) -> str:
-    """Runs such a build in a copy and returns the last line it printed."""
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise BuildFailed(f"{code}\n{result.stdout[-1500:]}{result.stderr[-3000:]}")
-    return (result.stdout.splitlines() or [""])[-1]
+    return build.cpu_flags()
