@@ -1,10 +1,10 @@
 """What compiled CUDA kernels prove without a GPU: registers, spills, shared memory, and the instructions in SASS.
 
-An architecture's kernels are compiled with nvcc into a temporary folder, without torch, for about a minute of one core:
-those of one architecture, which CONV1X1_TEST_SEED chooses; of every one with CONV1X1_TEST_FULL=1; or those of
-CONV1X1_TEST_ARCHS="80 86 89". SASS needs cuobjdump: pip install
-'conv1x1_ext[test]'. Instructions are judged inside the main loop, the innermost loops that multiply: what is saved
-around it, as for the call of the epilogue, costs nothing.
+Kernels are compiled with nvcc into a temporary folder, without torch: for one architecture, and of the tensor-core
+kernels those of one dtype, both chosen by CONV1X1_TEST_SEED. CONV1X1_TEST_FULL=1 compiles all for every architecture,
+CONV1X1_TEST_ARCHS="80 86 89" all for those. SASS needs cuobjdump: pip install 'conv1x1_ext[test]'. Instructions are
+judged inside the main loop, the innermost loops that multiply: what is saved around it, as for the call of the
+epilogue, costs nothing.
 """
 
 import concurrent.futures
@@ -22,7 +22,6 @@ from helpers import ROOT
 
 from bench.microkernel_table import build_config
 
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Bytes of shared memory that a block may have: static and opted in.
 STATIC = 48 << 10
 SHARED = {"80": 163 << 10, "86": 99 << 10, "89": 99 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10}
@@ -32,9 +31,21 @@ GEMM = re.compile(r"conv1x1::cuda::gemm_(mma|simt)<")
 PRODUCTS = {"__half": "HMMA.16816.F32", "__nv_bfloat16": "HMMA.16816.F32.BF16", "float": "HMMA.1688.F32.TF32"}
 
 
+def chosen(values):
+    return random.Random(os.environ.get("CONV1X1_TEST_SEED", "0")).choice(list(values))
+
+
+def asked_sources():
+    """The three dtypes of the tensor-core kernels are instantiations of one template, a third of a minute each."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if full() or "CONV1X1_TEST_ARCHS" in os.environ:
+        return sources
+    tensor_cores = [source for source in sources if source.name.startswith("gemm_mma_")]
+    return [source for source in sources if source not in tensor_cores] + [chosen(tensor_cores)]
+
+
 def asked_archs():
-    one = random.Random(os.environ.get("CONV1X1_TEST_SEED", "0")).choice(list(SHARED))
-    asked = os.environ.get("CONV1X1_TEST_ARCHS", " ".join(SHARED) if full() else one)
+    asked = os.environ.get("CONV1X1_TEST_ARCHS", " ".join(SHARED) if full() else chosen(SHARED))
     archs = asked.split()
     assert set(archs) <= set(SHARED), f"CONV1X1_TEST_ARCHS: expected some of {', '.join(SHARED)}, got {asked}"
     return archs
@@ -154,8 +165,6 @@ def test_parsers():
 
 @pytest.fixture(scope="module")
 def nvcc():
-    if not SOURCES:
-        pytest.skip("csrc/cuda has no kernels")
     return find_nvcc() or pytest.skip("no nvcc")
 
 
@@ -178,7 +187,7 @@ def compile_arch(nvcc, arch, folder):
         return kernels, cubin
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(one, SOURCES))
+        results = list(pool.map(one, asked_sources()))
     return {name: k for kernels, _ in results for name, k in kernels.items()}, [cubin for _, cubin in results]
 
 
