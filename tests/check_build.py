@@ -23,9 +23,10 @@ import build_config  # noqa: E402
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     """How each source is compiled, by its path in csrc/; the output's path is to be appended."""
-    from torch.utils import cpp_extension
-
-    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    # Not imported here: what this process holds counts as the peak of each process that it starts.
+    paths = "from torch.utils import cpp_extension; print(*cpp_extension.include_paths(), sep='\\n')"
+    found_paths = subprocess.run([sys.executable, "-c", paths], capture_output=True, text=True, check=True).stdout
+    includes = [f"-I{path}" for path in found_paths.splitlines()]
     cxx = ["-fPIC", f"-DTORCH_TARGET_VERSION={build_config.TORCH_TARGET}", *includes]
     found = {}
     sources = build_config.LIBRARY_SOURCES + (build_config.CUDA_SOURCES if args.cuda else build_config.NO_CUDA_SOURCES)
