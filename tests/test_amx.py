@@ -44,7 +44,8 @@ PARTS = {
     "forward": (("test_fprop",), "bfloat16"),
     "other operators": (OPERATORS, "bfloat16"),
     "equal bits": (("test_determinism",), "bfloat16 or avx512_amx"),
-    "parts": (("test_parts", "test_edges"), ""),
+    # AMX heeds no floating-point environment: test_tiles_belong_to_a_thread.
+    "parts": (("test_parts", "test_edges"), "not flush_denormal and not floating_point_environment"),
     "choice": (("test_isa",), "avx512_amx or default or explain"),
 }
 

@@ -87,10 +87,10 @@ def test_special_values_reach_the_outputs_that_read_them_and_no_others(layout, s
     check(y, reference, x, w)
 
 
-@pytest.mark.parametrize("c_in", [96, 600, 1100])
-@pytest.mark.parametrize("c_out", [24, 80, 300])  # 24: one tile; 300: several calls of several tiles, and a tail
+# 24 channels out: one tile; 300: several calls of several tiles, and a tail.
+@cover(layout=LAYOUTS, c_out=(24, 80, 300), c_in=(96, 600, 1100))
 def test_pooled_tiles_are_those_of_the_convolution(layout, c_out, c_in):
-    x, w = make(layout, c_in=c_in, c_out=c_out, size=13)
+    x, w = make(LAYOUTS[layout], c_in=c_in, c_out=c_out, size=13)
     b = torch.randn(c_out)
     x[1, 17, 3, 4], w[5, 40], w[c_out - 3] = INF, NAN, 1e-30
     y = conv1x1(x, w, b, activation="relu").double().mean((2, 3))
