@@ -261,7 +261,7 @@ def check_gradients(
     leaves = [None if t is None else t.detach().requires_grad_(bool(n)) for t, n in zip(tensors, need, strict=True)]
     y = function(leaves[0], leaves[1], leaves[2], stride, groups=groups, activation=activation, residual=leaves[3])
     if dy is None:
-        dy = randn(y.shape, y.dtype)
+        dy = torch.empty_like(y).copy_(randn(y.shape, y.dtype))  # in y's layout, as a network's next layer sends it
     asked = [t for t in leaves if t is not None and t.requires_grad]
     grads = iter(torch.autograd.grad(y, asked, dy))
     ours = [next(grads) if t is not None and t.requires_grad else None for t in leaves]

@@ -1,5 +1,6 @@
 """y and dx: the same bits for any thread count, batch and alignment. dw and dbias: for any thread count."""
 
+import itertools
 import threading
 
 import pytest
@@ -65,6 +66,34 @@ def test_the_cases_do_use_several_threads():
             torch.set_num_threads(threads)
             used[threads] = int(conv1x1_ext.explain(x, w, direction=direction)["threads"].split()[0])
         assert used[1] == 1 and used[5] > 1, (direction, used)
+
+
+SHARED = [Case(4, 64, 96, (12, 12)), Case(4, 64, 64, (12, 12)), Case(4, 1024, 640, (12, 12))]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_what_threads_share(case):
+    """Channels last: panels of a large weight, which all threads pack together before any of them reads them, and the
+    tiles of dw cut along both sides, of whose panels one thread alone sums dbias."""
+    operands = tensors(case, torch.float32, "channels_last")
+    results = []
+    for threads in (1, 2, 3, 4, 6, 8):
+        torch.set_num_threads(threads)
+        results.append(run(case, *operands))
+    assert all(all(all_same(results[0], r)) for r in results)
+
+
+def test_those_cases_do_share():
+    if conv1x1_ext.build_info()["isa"] == "avx512_amx":
+        pytest.skip("these are plans of the other kernels")
+    cut, packed = set(), set()
+    for case, threads in itertools.product(SHARED, (2, 3, 4, 6, 8)):
+        torch.set_num_threads(threads)
+        x, w, *_ = tensors(case, torch.float32, "channels_last")
+        plan = conv1x1_ext.explain(x, w, direction="wgrad")
+        cut.add("B dz" in plan["gemm"] and ", m 1," not in plan["threads"])
+        packed.add(conv1x1_ext.explain(x, w)["B"].startswith("packed once"))
+    assert cut == packed == {True, False}
 
 
 @pytest.mark.parametrize("layout", FORMATS)

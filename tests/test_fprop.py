@@ -109,6 +109,19 @@ def test_k_of_several_blocks(layout):
         check_forward(x, w)
 
 
+@pytest.mark.cpu_only(reason="chains of the CPU's kernels")
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("c_in,c_out,chain", [(2048, 8, 32), (256, 40, 64), (2048, 40, 128)])
+def test_a_large_term_hides_no_more_small_ones_than_a_chain_has(c_in, c_out, chain, layout):
+    """1 + 2^-25 is 1 in float32, but many of 2^-25 in a chain of their own are not lost."""
+    small = 2.0**-25
+    x, w = make(Case(1, c_in, c_out, (3, 5)), torch.float32, layout)
+    x[:], w[:] = small, 1
+    x[:, 0] = 1
+    lost = 1 + (c_in - 1) * small - conv1x1_ext.conv1x1(x, w).double()
+    assert (lost <= chain * small).all(), (lost.max() / small).item()
+
+
 def check_batch(x, w, b, groups=1, residual=None):
     """Of results so large that the whole reference takes seconds: on the CPU one sample by it; of others the bits that
     they have alone, which is promised there; all of them roughly."""

@@ -195,7 +195,7 @@ MUTANTS = [
         "pooling-keeps-no-bits-for-relu6", BINDING,
         "(p.activation == Activation::kReLU || p.activation == Activation::kReLU6)",
         "p.activation == Activation::kReLU",
-        "test_avg_pool.py -k keeps",
+        "test_memory.py::test_average_pooling_saves_its_arguments_and_a_bit_for_each_output",
     ),
     mutant(
         "pool-mask-of-any-size", BINDING,

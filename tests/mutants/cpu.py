@@ -47,7 +47,7 @@ MUTANTS = [
     mutant(
         "narrow-layers-in-long-chains", PLAN,
         "kNarrowChain = 32, kChain = 64,", "kNarrowChain = 1024, kChain = 64,",
-        "test_wgrad.py -k 'long_sums or pixel_counts or test_shapes'",
+        "test_fprop.py::test_a_large_term_hides_no_more_small_ones_than_a_chain_has",
     ),
     mutant(
         "k-slices-lose-a-remainder", PLAN,
@@ -56,10 +56,10 @@ MUTANTS = [
         "test_wgrad.py::test_long_sums_stay_accurate",
     ),
     mutant(
-        "workspace-of-one-group", PLAN,
-        "plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);",
-        "plan.once_b = bytes(plan.n.padded() * plan.steps(p.k) * element);",
-        "test_determinism.py::test_any_thread_count -k channels_last",
+        "workspace-of-one-panel", PLAN,
+        "plan.block_b = bytes(plan.block_n * plan.panel_b * element);",
+        "plan.block_b = bytes(plan.panel_b * element);",
+        "test_fprop.py -k 'test_shapes or test_layouts'",
     ),
     mutant(
         "pooled-images-that-do-not-divide", PLAN,
@@ -100,7 +100,7 @@ MUTANTS = [
     mutant(
         "no-barrier-after-packing", DRIVER,
         "pack_once(id, plan.threads);\n      barrier();", "pack_once(id, plan.threads);",
-        "test_determinism.py::test_any_thread_count -k channels_last",
+        "test_determinism.py::test_what_threads_share",
     ),
     mutant(
         "no-barrier-before-slices-are-joined", DRIVER,
@@ -126,7 +126,7 @@ MUTANTS = [
     mutant(
         "exchanged-bias-gradient-summed-by-every-thread", WORKER,
         "if (p_.exchanged) sums_here = part % plan_.part_m == 0;", "if (p_.exchanged) sums_here = true;",
-        "test_determinism.py::test_any_thread_count -k channels_last",
+        "test_determinism.py::test_what_threads_share",
     ),
     mutant(
         "second-slice-left-out", WORKER,
