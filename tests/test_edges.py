@@ -335,3 +335,25 @@ def test_explain_of_zero_channels_and_zero_pixels():
     explained = conv1x1_ext.explain(torch.randn(1, 3, 0, 4), torch.randn(3, 3, 1, 1))
     assert not explained["kernel"].startswith("none") and re.search(r"\b[mn] 0\b", explained["gemm"])
     assert {"cpu": "threads", "cuda": "grid"}[DEVICE.type] in explained
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("odd", ["c_in", "c_out"])
+def test_what_an_earlier_call_left_in_the_workspace_does_not_show(odd, layout, dtype):
+    """Panels end in zeros where k is no whole step. A call of NaN, with panels as large, wrote NaN there before."""
+
+    def graph(channels, value=None):
+        c_in, c_out = (channels, 40) if odd == "c_in" else (40, channels)
+        tensors = laid_out((2, c_in, 9, 9), dtype, layout), weight_of((c_out, c_in, 1, 1), dtype, "sliced")
+        leaves = [(t if value is None else torch.full_like(t, value)).requires_grad_() for t in tensors]
+        return leaves, [*leaves, laid_out((2, c_out, 9, 9), dtype, layout)]
+
+    def run(leaves, x, w, dy):
+        y = conv1x1(x, w, activation="relu")
+        return [y, *(torch.autograd.grad(y, leaf, dy, retain_graph=True)[0] for leaf in leaves)]
+
+    noise, clean = graph(66, NAN), graph(65)
+    for step in range(3):  # what follows a step's call of NaN is the same step, in memory that it has just given back
+        run(noise[0][:step], *noise[1])
+        assert all(torch.isfinite(t).all() for t in run(clean[0][:step], *clean[1]))
