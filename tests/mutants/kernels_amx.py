@@ -34,12 +34,14 @@ MUTANTS = [
         "amx-row-sums-of-the-last-tile", AMX,
         "(done + kTile > rows ? rows - kTile : done)", "done",
         "test_wgrad.py::test_shapes -k bfloat16",
+        equivalent="what is read past the panel's end is thrown away, and the workspace goes on there",
         **AMX_ISA,
     ),
     mutant(
         "parts-first-one-not-rounded", PARTS,
         "if (p == 0) l = _mm512_add_epi32(l, half), h = _mm512_add_epi32(h, half);", "",
         "test_parts.py -k 'no_less_accurate or exact'",
+        equivalent="cut or rounded, the sum of the parts is exact; left-out products grow within the bound",
         **AMX_ISA,
     ),
     mutant(
