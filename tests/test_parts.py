@@ -265,6 +265,19 @@ def test_gradients_keep_special_values_apart(layout):
     assert dx[2, :, 3, 3].isnan().all() and not dx[1, :, 0, 0].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", PARTED, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_a_gradient_passes_where_the_output_is_nan(layout, sizes, activation, dtype):
+    """As in torch, whose comparison keeps back what is not above zero and lets what cannot be compared pass."""
+    x, w = make(layout, dtype, **sizes)
+    x[1, 0, 2, 3] = NAN
+    y = conv1x1(x.requires_grad_(), w, activation=activation)
+    assert y[1, :, 2, 3].isnan().all()
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    torch.testing.assert_close(dx[1, :, 2, 3], (w[:, :, 0, 0].double().t() @ dy[1, :, 2, 3].double()).to(dtype))
+
+
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-110, 2.0**-140])
 def test_small_gradients(layout, scale):
     """As those of a mean over very many elements; dbias as well."""
