@@ -71,6 +71,25 @@ def included(source: Path, flags: Sequence[str] = ()) -> list[Path]:
     return sorted(found)
 
 
+def defining(units: Sequence[Unit], define: str) -> list[Unit]:
+    """The units, with a define, "NAME" or "NAME=value", for those whose text or headers name it.
+
+    The others' objects stay those of every build without it.
+
+    Raises:
+        RuntimeError: none of them names it.
+    """
+    word = re.compile(rf"\b{define.split('=')[0]}\b")
+    changed = []
+    for unit in units:
+        files = [unit.source, *included(unit.source, unit.flags)]
+        asks = any(word.search(file.read_text()) for file in files)
+        changed.append(Unit(unit.source, (*unit.flags, f"-D{define}"), unit.identity) if asks else unit)
+    if changed == list(units):
+        raise RuntimeError(f"no source names {define}")
+    return changed
+
+
 @functools.cache
 def _compiler(command: str) -> str:
     return subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -86,7 +86,7 @@ def test_tiled_sgemm(kernels, seed, os_threads):
 
 
 def test_tiled_sgemm_with_ucontext():
-    c, expected = sgemm(Kernels(library(flags=["-DCONV1X1_EMULATOR_UCONTEXT"])))
+    c, expected = sgemm(Kernels(library(defines=["CONV1X1_EMULATOR_UCONTEXT"])))
     torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -99,6 +99,16 @@ def test_a_shared_object_is_compiled_once(project):
     assert compiled(project) == (["a.cpp"], 1) and values(library)[1:] == [10, 100]
 
 
+def test_a_define_is_for_the_sources_that_name_it(project):
+    (project / "inner.h").write_text("#pragma once\n#ifndef VALUE\n#define VALUE 1\n#endif\n")
+    object_cache.build("it", units(project))
+    compiled(project)
+    library = object_cache.build("it", object_cache.defining(units(project), "VALUE=7"))
+    assert compiled(project) == (["a.cpp", "b.cpp"], 1) and values(library) == [7, 70, 100]
+    with pytest.raises(RuntimeError, match="no source names VAL"):
+        object_cache.defining(units(project), "VAL")
+
+
 def test_errors_are_the_compilers_and_leave_nothing(project):
     (project / "b.cpp").write_text("int b() { return nothing; }\n")
     for _ in range(2):

@@ -43,13 +43,7 @@ def cannot_emulate() -> str:
 
 def emulating(units: list[Unit]) -> list[Unit]:
     """The same units with the emulator, and with the define where a source asks for it."""
-    changed = []
-    for unit in units:
-        files = [unit.source, *object_cache.included(unit.source, unit.flags)]
-        asks = any(DEFINE in file.read_text() for file in files)
-        changed.append(Unit(unit.source, (*unit.flags, f"-D{DEFINE}"), unit.identity) if asks else unit)
-    assert changed != units, f"no source asks for {DEFINE}"
-    return [*changed, Unit(HERE / "emulator.cpp", library_flags())]
+    return [*object_cache.defining(units, DEFINE), Unit(HERE / "emulator.cpp", library_flags())]
 
 
 def table() -> Path:

@@ -29,18 +29,22 @@ ARCHITECTURES = "7.5;8.0;8.6;9.0;12.0"
 def build(
     name: str,
     sources: Sequence[Path],
-    flags: Sequence[str] = (),
+    defines: Sequence[str] = (),
     sanitize: bool = False,
     plain: Sequence[Path] = (),
 ) -> Path:
     """The shared library `name` of `sources` and the shim. Raises RuntimeError with the compiler's messages.
 
+    A define is for the sources that name it.
+
     With `sanitize` it has AddressSanitizer and UndefinedBehaviorSanitizer, but for the sources in `plain`: load it in a
     process with `sanitizer_environment()`.
     """
-    base, checked = (*FLAGS, *flags), (*FLAGS, *(SANITIZE if sanitize else ()), *flags)
+    checked = (*FLAGS, *(SANITIZE if sanitize else ()))
     # Of a function that several objects have the first one is linked: those with sanitizers come first.
-    units = [Unit(source, checked) for source in (*sources, *SHIM)] + [Unit(source, base) for source in plain]
+    units = [Unit(source, checked) for source in (*sources, *SHIM)] + [Unit(source, tuple(FLAGS)) for source in plain]
+    for define in defines:
+        units = object_cache.defining(units, define)
     return object_cache.build(name, units, (*checked, "-Wl,-z,defs"))
 
 
@@ -74,4 +78,4 @@ def build_kernels(sanitize: bool = False) -> Path:
     spared = sanitize and os.environ.get("CONV1X1_TEST_FULL", "") != "1"
     plain = [f for f in sources if spared and f.stem.startswith("gemm_mma_") and f.stem != kept]
     sources = [f for f in sources if f not in plain]
-    return build("conv1x1_cuda", sources, [f'-DCONV1X1_CUDA_ARCHS="{ARCHITECTURES}"'], sanitize, plain)
+    return build("conv1x1_cuda", sources, [f'CONV1X1_CUDA_ARCHS="{ARCHITECTURES}"'], sanitize, plain)
