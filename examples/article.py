@@ -126,7 +126,7 @@ def three_by_three(title: str) -> None:
         with torch.no_grad():
             times = median_times([lambda: wide(maps), lambda: stock(maps), lambda: ours(maps)], seconds=1.5)
         if not (times[0] > times[1] and times[0] > times[2]):  # no failure: results are checked, not this machine
-            console.print(f"{threads} threads: a 1x1 took longer than a 3x3 here. Was the machine busy with other work?")
+            console.print(f"With {threads} threads a 1x1 took longer than a 3x3 here. Was the machine busy?")
         ratios = [f"{times[0] / t:.1f}" for t in times[1:]]
         table.add_row(str(threads), *map(duration, times), *ratios, f"about {ARTICLE_RATIO}")
         speedups.append((title, f"1x1, forward, {threads} thread{'s' * (threads > 1)}", times[1], times[2]))
