@@ -200,6 +200,7 @@ def test_what_the_forward_keeps_gives_the_gradients_of_what_is_recomputed(layout
         (2, 5, 9, 1, (41, 31)),
         (3, 64, 65, 1, (2, 3, 3)),
         (2, 72, 300, 1, (9, 11)),
+        (3, 2, 450, 1, (30, 31)),  # several pieces
     ):
         c_in *= groups
         c_out *= groups

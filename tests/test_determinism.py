@@ -68,14 +68,17 @@ def test_the_cases_do_use_several_threads():
         assert used[1] == 1 and used[5] > 1, (direction, used)
 
 
-SHARED = [Case(4, 64, 96, (12, 12)), Case(4, 64, 64, (12, 12)), Case(4, 1024, 640, (12, 12))]
+SHARED = [
+    ("channels_last", Case(4, 64, 96, (12, 12))), ("channels_last", Case(4, 64, 64, (12, 12))),
+    ("channels_last", Case(4, 1024, 640, (12, 12))), ("contiguous", Case(4, 1024, 2048, (7, 7), 1, 2)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SHARED, ids=str)
-def test_what_threads_share(case):
-    """Channels last: panels of a large weight, which all threads pack together before any of them reads them, and the
-    tiles of dw cut along both sides, of whose panels one thread alone sums dbias."""
-    operands = tensors(case, torch.float32, "channels_last")
+@pytest.mark.parametrize("layout,case", SHARED, ids=str)
+def test_what_threads_share(layout, case):
+    """Panels of a large weight, which all threads pack together before any of them reads them; and the tiles of dw cut
+    along both sides, of whose panels one thread alone sums dbias."""
+    operands = tensors(case, torch.float32, layout)
     results = []
     for threads in (1, 2, 3, 4, 6, 8):
         torch.set_num_threads(threads)
@@ -86,14 +89,15 @@ def test_what_threads_share(case):
 def test_those_cases_do_share():
     if conv1x1_ext.build_info()["isa"] == "avx512_amx":
         pytest.skip("these are plans of the other kernels")
-    cut, packed = set(), set()
-    for case, threads in itertools.product(SHARED, (2, 3, 4, 6, 8)):
+    seen = set()
+    for (layout, case), threads in itertools.product(SHARED, (2, 3, 4, 6, 8)):
         torch.set_num_threads(threads)
-        x, w, *_ = tensors(case, torch.float32, "channels_last")
-        plan = conv1x1_ext.explain(x, w, direction="wgrad")
-        cut.add("B dz" in plan["gemm"] and ", m 1," not in plan["threads"])
-        packed.add(conv1x1_ext.explain(x, w)["B"].startswith("packed once"))
-    assert cut == packed == {True, False}
+        x, w, *_ = tensors(case, torch.float32, layout)
+        plans = {d: conv1x1_ext.explain(x, w, groups=case.groups, direction=d) for d in ("fprop", "dgrad", "wgrad")}
+        seen |= {(side, case.groups) for side in "AB" for p in plans.values() if p[side].startswith("packed once")}
+        if "B dz" in plans["wgrad"]["gemm"] and ", m 1," not in plans["wgrad"]["threads"]:
+            seen.add("dw cut")
+    assert {("A", 2), ("B", 1), "dw cut"} <= seen
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 import conv1x1_ext
 
 PARAMETERS = (0, 1, 1, 0)
-# And sums over many small images.
-WGRAD_CASES = [*GRADIENT_CASES, Case(13, 65, 40, (7, 7), 2), Case(129, 9, 10, (1, 1))]
+# And sums over many small images, and more tiles of dz than are packed at a time, line by line.
+WGRAD_CASES = [*GRADIENT_CASES, Case(13, 65, 40, (7, 7), 2), Case(129, 9, 10, (1, 1)), Case(1, 24, 600, (5, 5))]
 
 
 @cover(case=WGRAD_CASES, layout=FORMATS, dtype=DTYPES)

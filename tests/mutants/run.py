@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +25,7 @@ from .mutant import ISA_FLAGS, Mutant, Stale, digest
 SECONDS = 90  # of the tests named for a mutant, what they import included; without the fault, of half of it
 FULL_SECONDS = 30 * 60
 LEAST_CAUGHT = 0.95
+MEMORY = 12 << 30
 SEED = "20231117"  # of the tests' random inputs: the same fault meets the same tests
 
 
@@ -47,13 +49,18 @@ class Run:
     seconds: float
 
 
-def run_pytest(job: tree.Job, arguments: Sequence[str], environment: dict[str, str], seconds: float) -> Run:
+def run_pytest(
+    job: tree.Job, arguments: Sequence[str], environment: dict[str, str], seconds: float, limited: bool = True
+) -> Run:
+    """In a process whose faults cannot take the machine's memory, and whose children end with it."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]  # -q: pyproject.toml
     begin = time.monotonic()
     process = subprocess.Popen(
         command, cwd=job.copy, env={**environment, "CONV1X1_TEST_SEED": SEED}, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    if limited and "sanitizers" not in " ".join(arguments):  # which reserve what they do not use
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -167,7 +174,7 @@ class Session:
         spread = ["-n", str(workers)] if workers > 1 else []
         with job.planted(mutant):
             ignored = ["--ignore=tests/test_mutants.py"]
-            run = run_pytest(job, ["tests", *ignored, *spread], job.environment, FULL_SECONDS)
+            run = run_pytest(job, ["tests", *ignored, *spread], job.environment, FULL_SECONDS, limited=False)
         return {"passed": "survived", "failed": f"caught by {run.by}"}.get(run.outcome, run.by)
 
 
