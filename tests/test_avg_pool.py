@@ -188,6 +188,24 @@ def test_grad_output_of_any_strides(layout, activation):
         close((x, w, b), dy, activation=activation)
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_nan_preactivation_passes_the_gradient(layout, activation):
+    """As torch's ReLU lets it; its ReLU6 does so or not, from element to element."""
+    x, w = laid_out((2, 4, 5, 7), torch.float32, layout), randn((21, 4, 1, 1), torch.float32)
+    x[1, 2, 3, 4] = float("nan")
+    x.requires_grad_()
+    b, dy = randn((21,), torch.float32).requires_grad_(), randn((2, 21), torch.float32)
+    z = torch.nn.functional.conv2d(x, w, b)
+    held = (z <= 0) | (z >= 6) if activation == "relu6" else z <= 0
+    dz = (dy / 35)[..., None, None] * ~held
+    expected = torch.nn.functional.conv_transpose2d(dz, w), dz.sum((0, 2, 3))
+    found = torch.autograd.grad(conv1x1_avg_pool(x, w, b, activation=activation), (x, b), dy)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    assert found[0][1, :, 3, 4].abs().min() > 0
+
+
 @cover(layout=FORMATS, activation=("relu", "relu6"), dtype=DTYPES, threads=(1, 2, 5))
 def test_what_the_forward_keeps_gives_the_gradients_of_what_is_recomputed(layout, activation, dtype, threads):
     """A bit an output: rows of bits that begin within a byte, tiles and threads that share one."""

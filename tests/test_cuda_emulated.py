@@ -109,6 +109,16 @@ def test_alignment_tiers(emulator, offset, size, layouts, mode):
     fprop(emulator, case, mode, layouts, residual=True, offset=offset)
 
 
+# The saved output's address and strides count as the gradient's do.
+@cover(direction=("dgrad", "wgrad", "masked_copy"), mask_offset=(0, 1, 2, 4), layouts=LAYOUTS[:2], mode=MODES)
+def test_alignment_of_the_mask(emulator, direction, mask_offset, layouts, mode):
+    case = Case(2, 40, 40, (5, 8))
+    if direction == "masked_copy":
+        masked_copy(emulator, case, dtype_of(mode), layouts, "relu", mask_offset)
+    else:
+        backward(emulator, direction, case, mode, layouts, mask_offset=mask_offset)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nan_and_infinity_reach_the_output_where_they_belong(emulator, layout, mode):
@@ -178,13 +188,13 @@ def test_every_tile(emulator, case, tile, layouts, mode):
     avg_pool(emulator, case, mode, layouts[0], "silu", gpu=gpu)
 
 
+@pytest.mark.parametrize("case", [Case(2, 20, 300, (20, 20)), Case(2, 63, 45, (20, 20), 1, 3)], ids=str)
 @pytest.mark.parametrize("slices", [1, 2, 3, 7])
-def test_any_split(emulator, slices):
+def test_any_split(emulator, slices, case):
     for mode, direction in itertools.product(MMA_MODES, ("dgrad", "wgrad")):
         gpu = Gpu(90, 132, 227 << 10, only_tile=3, only_slices=slices)
-        case = Case(2, 20, 300, (20, 20))
         _, plan = backward(emulator, direction, case, mode, LAYOUTS[1], gpu=gpu)
-        k, unit = (300 if direction == "dgrad" else 800), 4 * (16 if mode == TF32 else 32)
+        k, unit = (case.c_out // case.groups if direction == "dgrad" else 800), 4 * (16 if mode == TF32 else 32)
         units = -(-k // unit)
         assert plan["grid"].endswith(f", {-(-units // -(-units // min(slices, units)))} slices of k")
         avg_pool(emulator, case, mode, "channels_last", "relu", gpu=gpu)  # which is never split

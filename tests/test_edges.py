@@ -10,6 +10,7 @@ from helpers import (
     DTYPES,
     FLOATS,
     FORMATS,
+    HALVES,
     activate,
     check_forward,
     check_gradients,
@@ -335,6 +336,28 @@ def test_explain_of_zero_channels_and_zero_pixels():
     explained = conv1x1_ext.explain(torch.randn(1, 3, 0, 4), torch.randn(3, 3, 1, 1))
     assert not explained["kernel"].startswith("none") and re.search(r"\b[mn] 0\b", explained["gemm"])
     assert {"cpu": "threads", "cuda": "grid"}[DEVICE.type] in explained
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_halves_are_rounded_to_nearest_even(stride, layout, dtype):
+    """One product for each result, exact in float32. Some are ties; with float16 some are denormal."""
+
+    def small(t):
+        return t * 2.0**-13 if dtype == torch.float16 else t
+
+    x, w = small(laid_out((2, 1, 21, 23), dtype, layout)), weight_of((45, 1, 1, 1), dtype)
+    w[::2] = small(w[::2])
+    y = conv1x1(x, w, stride=stride)
+    assert torch.equal(y, (x.float()[:, :, ::stride, ::stride] * w.float().reshape(1, 45, 1, 1)).to(dtype))
+    x, w = laid_out((2, 45, 21, 23), dtype, layout).requires_grad_(), small(weight_of((1, 45, 1, 1), dtype))
+    y = conv1x1(x, w, stride=stride)
+    dy = small(laid_out(tuple(y.shape), dtype, layout))
+    dy[:, :, ::2] = dy[:, :, ::2] * 16
+    expected = torch.zeros(x.shape)
+    expected[:, :, ::stride, ::stride] = dy.float() * w.float()
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

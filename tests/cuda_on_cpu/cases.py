@@ -103,12 +103,12 @@ def gradients(x, w, dz, case):
     return dx, dw, dz.sum([d for d in range(dz.dim()) if d != 1])
 
 
-def saved_output(case, x, w, activation, layout):
+def saved_output(case, x, w, activation, layout, offset=0):
     """An output as the forward leaves it behind, and its mask."""
     z = conv(x, w, None, case.stride, case.groups)
     if activation == "relu6":
         z = 4 * z
-    y = placed(z.shape, z.dtype, layout if layout != "expanded" else "contiguous", activate(z, activation))
+    y = placed(z.shape, z.dtype, layout if layout != "expanded" else "contiguous", activate(z, activation), offset)
     keep = torch.ones_like(z, dtype=torch.bool)
     if activation is not None:
         keep = ~(y <= 0)
@@ -119,12 +119,12 @@ def saved_output(case, x, w, activation, layout):
 
 def backward(
     emulator, direction, case, mode, layouts=LAYOUTS[0], activation="relu", offset=0, gpu=A100, accumulate=False,
-    want_dw=True, want_dbias=True, **kwargs,
+    want_dw=True, want_dbias=True, mask_offset=0, **kwargs,
 ):  # fmt: skip
     """Runs and checks dgrad (layouts: of dy and dx) or wgrad (of dy and x); returns the gradients and the plan."""
     dtype = dtype_of(mode)
     x, w = randn_in(case.x_shape, dtype, layouts[1], offset), randn_in(case.w_shape, dtype, offset=offset)
-    y, keep = saved_output(case, x, w, activation, layouts[0])
+    y, keep = saved_output(case, x, w, activation, layouts[0], mask_offset)
     dy = randn_in(case.y_shape, dtype, layouts[0], offset)
     dz = torch.where(keep, dy, torch.zeros_like(dy))
     if direction == "dgrad":
@@ -237,9 +237,9 @@ def avg_pool_backward_in_pieces(emulator, case, dtype, layout, gpu, want=(1, 1))
         assert ((ours.double() - ref).abs() <= allowed).all()
 
 
-def masked_copy(emulator, case, dtype, layouts, activation):
+def masked_copy(emulator, case, dtype, layouts, activation, mask_offset=0):
     x, w = randn_in(case.x_shape, dtype), randn_in(case.w_shape, dtype)
-    y, keep = saved_output(case, x, w, activation, layouts[0])
+    y, keep = saved_output(case, x, w, activation, layouts[0], mask_offset)
     dy, dz = randn_in(case.y_shape, dtype, layouts[0]), placed(case.y_shape, dtype, layouts[1])
     y[0, 0].fill_(float("nan"))  # passes the gradient
     keep[0, 0] = True

@@ -132,13 +132,20 @@ class Session:
         self.records = Records(fresh)
         self.flags = tree.cpu_flags()
 
+    def key(self, mutant: Mutant) -> str:
+        """What a result is kept by: the fault, the sources, and the files of the tests named for it."""
+        return mutant.key(self._tree_of(mutant))
+
+    def _tree_of(self, mutant: Mutant) -> str:
+        return digest(self.tree, [(name, (tree.ROOT / name).read_bytes()) for name in tree.test_files(mutant)])
+
     def here(self, mutant: Mutant) -> bool:
         return mutant.isa is None or ISA_FLAGS[mutant.isa] <= self.flags
 
     def baseline(self, job: tree.Job, mutant: Mutant) -> str:
         """What is wrong with a mutant's tests where nothing is planted; empty if they pass, or they would prove
         nothing."""
-        key = digest(self.tree, mutant.tests, mutant.isa)
+        key = digest(self._tree_of(mutant), mutant.tests, mutant.isa)
         known = self.records.baselines
         if key not in known:
             run = named_tests(job, mutant, job.environment_of(mutant), self.seconds)
@@ -150,7 +157,7 @@ class Session:
         return known[key]
 
     def run(self, job: tree.Job, mutant: Mutant) -> Result:
-        result = Result(mutant.name, mutant.key(self.tree), "error")
+        result = Result(mutant.name, self.key(mutant), "error")
         try:
             result.by = self.baseline(job, mutant)
             if result.by:
@@ -207,7 +214,7 @@ def main() -> int:
     sys.path.insert(0, str(tree.ROOT))
     session = Session(tree.files(), options.seconds, options.fresh)
     known = session.records.results
-    todo = [m for m in mutants if m.key(session.tree) not in known and session.here(m)]
+    todo = [m for m in mutants if session.key(m) not in known and session.here(m)]
     print(f"{len(mutants)} mutants, {len(todo)} to run; seed {SEED}; results in {session.records.path}", flush=True)
     tree.link_objects(tree.ROOT / "build" / "objects", tree.OBJECTS)
     count = max(1, min(options.jobs, len(todo)))
@@ -232,7 +239,7 @@ def main() -> int:
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, todo))
 
-    results = [known.get(m.key(session.tree), Result(m.name, "", "not here")) for m in mutants]
+    results = [known.get(session.key(m), Result(m.name, "", "not here")) for m in mutants]
     if not options.no_full:
         for m, result in zip(mutants, results, strict=True):
             if result.outcome == "survived" and not result.full:

@@ -26,6 +26,7 @@ OBJECTS = BUILD / "objects"
 # What decides a result; the lists of mutants do not.
 DECIDES = ("csrc/", "conv1x1_ext/", "bench/", "tests/", "pyproject.toml")
 LISTS = ("tests/mutants/", "tests/test_mutants.py")
+IMPORTED_TEST = "tests/test_isa.py"  # by other test files
 
 # Files whose tests build libraries of their own, and how they do.
 NEEDS_TABLE, NEEDS_CUDA = {"test_microkernels.py", "test_packed_weight.py"}, {"test_cuda_emulated.py"}
@@ -47,8 +48,16 @@ def files() -> list[str]:
 
 
 def tree_hash(names: list[str]) -> str:
+    """Of all that decides the result of any mutant: the sources, and what tests share."""
     deciding = [name for name in names if name.startswith(DECIDES) and not name.startswith((*LISTS, "bench/results"))]
-    return digest([(name, (ROOT / name).read_bytes()) for name in deciding])
+    shared = [name for name in deciding if not name.startswith("tests/test_") or name == IMPORTED_TEST]
+    return digest([(name, (ROOT / name).read_bytes()) for name in shared])
+
+
+def test_files(mutant: Mutant) -> list[str]:
+    """The files of the tests named for a mutant, from the root of the tree."""
+    words = [shlex.split(test)[0].split("::")[0] for test in mutant.tests]
+    return sorted({f"tests/{word}" for word in words})
 
 
 def refresh(copy: Path, names: list[str]) -> None:
@@ -143,7 +152,7 @@ class Job:
             BuildFailed
         """
         environment = dict(self.environment)
-        files = {Path(word.split("::")[0]).name for test in mutant.tests for word in shlex.split(test)}
+        files = {Path(name).name for name in test_files(mutant)}
         emulated = mutant.isa == "avx512_amx" and "amx_bf16" not in cpu_flags()
         if mutant.isa is not None:
             environment["CONV1X1_ISA"] = mutant.isa
