@@ -36,6 +36,12 @@ def test_shapes(case, layout, dtype):
     check_forward(x, w, None, case.stride, groups=case.groups)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_runs_than_are_packed_at_a_time(dtype):
+    """Images of four pixels: a block of B is a hundred runs of them, and more."""
+    check_forward(laid_out((240, 4, 2, 2), dtype, "contiguous"), weight_of((72, 4, 1, 1), dtype))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("c_in", [1, 2, 3, 5, 8, 17, 127, 128, 129, 255, 256, 257])

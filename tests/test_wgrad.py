@@ -13,6 +13,7 @@ from helpers import (
     FORMATS,
     GRAD_OUTPUT_CASES,
     GRADIENT_CASES,
+    HALVES,
     LAYOUT_CASES,
     LAYOUTS,
     WEIGHT_LAYOUTS,
@@ -39,6 +40,13 @@ def test_shapes(case, layout, dtype):
     check_gradients(x, w, b, case.stride, activation="relu", residual=r, need=(0, 1, 1, 1), **plain)
     _, dw, *_ = check_gradients(x, w, b, case.stride, need=PARAMETERS, **plain)
     assert dw.stride() == w.stride()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_lines_of_half_types_longer_than_are_masked_at_a_time(layout, dtype):
+    x = laid_out((2, 8, 22, 23), dtype, layout)
+    check_gradients(x, weight_of((12, 8, 1, 1), dtype), activation="relu", need=(0, 1, 0, 0))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -217,8 +217,7 @@ MUTANTS = [
     mutant(
         "packed-rows-not-flushed", PANELS,
         "        if (count == kMost) flush();\n", "        if (count == kMost) count = 0;\n",
-        "test_dgrad.py::test_shapes",
-        "test_wgrad.py::test_shapes",
+        "test_fprop.py::test_more_runs_than_are_packed_at_a_time",
     ),
     mutant(
         "packed-rows-under-any-mask", PANELS,

@@ -69,7 +69,7 @@ MUTANTS = [
     mutant(
         "cuda-mma-second-barrier-missing", MMA,
         "  __syncthreads();  // the stages are read\n", "",
-        "test_cuda_emulated.py -k 'any_order_of_threads or test_sample'",
+        "test_cuda_emulated.py -k '(any_order_of_threads or test_sample) and not sanitizers'",
     ),
     mutant(
         "cuda-mma-row-sums-of-every-tile", MMA,
@@ -85,7 +85,7 @@ MUTANTS = [
     mutant(
         "cuda-mma-waits-for-one-stage-less", MMA,
         "ptx::cp_async_wait<C::kStages - 2>();", "ptx::cp_async_wait<C::kStages - 1>();",
-        "test_cuda_emulated.py -k 'any_order_of_threads or test_sample'",
+        "test_cuda_emulated.py -k '(any_order_of_threads or test_sample) and not sanitizers'",
     ),
     mutant(
         "cuda-loader-past-the-end-of-k", LOADER,
@@ -100,7 +100,7 @@ MUTANTS = [
     mutant(
         "cuda-simt-barrier-missing", SIMT,
         "    __syncthreads();  // the buffers, or the pass before, are read\n", "",
-        "test_cuda_emulated.py -k 'any_order_of_threads or test_sample'",
+        "test_cuda_emulated.py -k '(any_order_of_threads or test_sample) and not sanitizers'",
     ),
     mutant(
         "cuda-mask-stops-nans", DEVICE,
@@ -110,7 +110,7 @@ MUTANTS = [
     mutant(
         "cuda-division-off-by-one", DEVICE,
         "((uint64_t{1} << (31 + log2)) + d - 1) / d);", "((uint64_t{1} << (31 + log2)) + d - 1) / d - 1);",
-        "test_cuda_emulated.py -k 'test_fprop or test_sample'",
+        "test_cuda_emulated.py -k '(test_fprop or test_sample) and not sanitizers'",
     ),
     mutant(
         "cuda-bias-of-the-first-group", MMA_EPILOGUE,

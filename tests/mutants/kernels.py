@@ -49,14 +49,15 @@ MUTANTS = [
     mutant(
         "mask-of-the-first-piece", PACKING,
         "mask_line<M>(passed, s + j, x + j, piece);", "mask_line<M>(passed, s + j, x, piece);",
-        "test_dgrad.py test_wgrad.py -k test_shapes",
+        "test_wgrad.py::test_lines_of_half_types_longer_than_are_masked_at_a_time",
         **AVX2,
     ),
     mutant(
         "mask-of-another-stride", PACKING,
         "} else if ((q.ks == 1 || q.ks == 2) && (!mask || q.aks == q.ks)) {",
         "} else if (q.ks == 1 || q.ks == 2) {",
-        "test_dgrad.py test_wgrad.py -k grad_output_of_any_layout",
+        "test_dgrad.py::test_grad_output_of_any_layout",
+        "test_wgrad.py::test_grad_output_of_any_layout",
         **AVX2,
     ),
     mutant(
@@ -163,7 +164,7 @@ MUTANTS = [
     mutant(
         "float16-denormals-stored-as-normal", CONVERT,
         "(a < 0x38800000u ? denormal : normal)", "normal",
-        "test_edges.py",
+        "test_edges.py::test_halves_are_rounded_to_nearest_even",
         **SCALAR,
     ),
     # ---- activations.inc
