@@ -1,40 +1,68 @@
-// What a block's columns of tiles are in B and in D, for a thread's loop nest. T as in worker.h.
+// What a block's columns of tiles are in B and in D, worked out once for all of its rows of tiles.
 #pragma once
 
 #include "panels.h"
 
 namespace conv1x1 {
 
+struct Column {
+  Tiling::Tile tile;
+  const void* b;            // null: split between the products
+  int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
+  bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
+  bool split;
+  Split splits[kMaxNv];
+};
+
 template <class T>
-class Columns : protected Panels<T> {
+class Columns {
  public:
-  Columns(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
-      : Panels<T>(problem, plan, shared, own) {
-    out_storage_ = static_cast<int>(p_.out_dtype);
+  Columns(const Task& task, const Panels<T>& panels)
+      : task_(task), p_(task.p), plan_(task.plan), kernel_(task.kernel), panels_(panels) {
     transcendental_ = !masks_from_output(p_.activation);
     // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
     whole_out_ = p_.out_dtype == kernel_.dtype;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
-    aux_alike_ = true;
-    for (int d = 0; d < p_.d.col.nd; ++d) aux_alike_ = aux_alike_ && p_.d.col.aux_stride[d] == p_.d.col.stride[d];
+    same_strides_ = true;
+    for (int d = 0; d < p_.d.col.nd; ++d) same_strides_ = same_strides_ && p_.d.col.aux_stride[d] == p_.d.col.stride[d];
   }
 
- protected:
-  using Base = Panels<T>;
-  using Base::element, Base::packed_b, Base::p_, Base::plan_, Base::kernel_, Base::group_;
+  void prepare(const Range& js, int64_t k0) {
+    const Matrix &b = p_.b, &d = p_.d;
+    all_unit_ = !p_.pool;
+    for (int64_t j = js.begin; j < js.end; ++j) {
+      Column& c = columns_[j - js.begin];
+      c.tile = plan_.n[j];
+      if (plan_.b.source == Source::kSplitBetweenProducts) {
+        c.b = nullptr;
+        c.ldb = c.tile.padded_size;
+      } else if (plan_.b.in_place()) {
+        c.ldb = b.row.inner_stride();
+        c.b = task_.element(b.data, task_.group * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
+      } else {
+        c.ldb = c.tile.padded_size;
+        c.b = panels_.packed_b(task_.group, j) + (plan_.b.whole() ? plan_.steps(k0) * c.ldb : 0);
+      }
+      if (p_.pool) continue;
+      const Run run = run_at(d.col, c.tile.start, c.tile.size);
+      c.out = run.offset;
+      c.aux = run.aux_offset;
+      const bool stored = whole_out_ || half_out_, one_run = run.length == c.tile.size;
+      c.split = stored && !one_run && split_columns(c);
+      c.out_unit = c.split || (stored && one_run && run.stride == 1);
+      c.aux_unit = c.split ? same_strides_ : stored && one_run && run.aux_stride == 1;
+      all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
+    }
+  }
 
-  // What every row of tiles asks of a column of tiles, worked out once a block.
-  struct Column {
-    Tiling::Tile tile;
-    const void* b;
-    int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
-    bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
-    bool split;
-    int64_t alike;  // so many whole tiles from here on lie side by side in D, and their panels b_step bytes apart
-    int64_t b_step;
-    Split splits[kMaxNv];
-  };
+  const Column& operator[](int64_t j) const { return columns_[j]; }
+  // Every column has out_unit, and aux_unit where there is a residual.
+  bool all_unit() const { return all_unit_; }
+  bool whole_out() const { return whole_out_; }
+  bool half_out() const { return half_out_; }
+  bool transcendental() const { return transcendental_; }
 
+ private:
   // Columns in several runs of D: where each vector's lie from the first one on. False where one would need three runs.
   bool split_columns(Column& c) const {
     const int width = kernel_.vector;
@@ -54,90 +82,13 @@ class Columns : protected Panels<T> {
     return true;
   }
 
-  void prepare_columns(const Range& js, int64_t k0, bool last) {
-    const Matrix &b = p_.b, &d = p_.d;
-    all_unit_ = !p_.pool;
-    for (int64_t j = js.begin; j < js.end; ++j) {
-      Column& c = columns_[j - js.begin];
-      c.tile = plan_.n[j];
-      if (plan_.b == Operand::kDirect && kernel_.parts > 1) {
-        c.b = nullptr;
-        c.ldb = c.tile.padded_size;
-        feed_columns(c.tile, fed_[j - js.begin]);
-      } else if (plan_.b == Operand::kDirect) {
-        c.ldb = b.row.inner_stride();
-        c.b = element(b.data, group_ * b.group_stride + k0 * c.ldb + run_at(b.col, c.tile.start, 1).offset);
-      } else {
-        c.ldb = c.tile.padded_size;
-        c.b = packed_b(group_, j) + (plan_.b == Operand::kPackOnce ? plan_.steps(k0) * c.ldb : 0);
-      }
-      if (p_.pool) continue;
-      const Run run = run_at(d.col, c.tile.start, c.tile.size);
-      c.out = run.offset;
-      c.aux = run.aux_offset;
-      const bool stored = whole_out_ || half_out_, one_run = run.length == c.tile.size;
-      c.split = stored && !one_run && split_columns(c);
-      c.out_unit = c.split || (stored && one_run && run.stride == 1);
-      c.aux_unit = c.split ? aux_alike_ : stored && one_run && run.aux_stride == 1;
-      all_unit_ = all_unit_ && c.out_unit && (c.aux_unit || !d.aux);
-    }
-    if (kernel_.ks == 1 || js.begin == js.end) return;
-    if (plan_.b == Operand::kDirect && kernel_.parts > 1) fetch_next_columns(js);
-    join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
-  }
-
-  // Where a tile's vectors lie in a row of B that is split between products; of one vector, twice.
-  void feed_columns(const Tiling::Tile& tile, FedVector* vectors) const {
-    const auto lanes = [](int64_t n) { return (uint32_t{1} << n) - 1; };
-    for (int64_t j = 0; j < tile.size; j += kernel_.vector) {
-      const int64_t left = tile.size - j < kernel_.vector ? tile.size - j : kernel_.vector;
-      const Run run = run_at(p_.b.col, tile.start + j, left);
-      FedVector v{run.offset, 0, run.aux_offset, 0, 0, 0, static_cast<uint16_t>(lanes(run.length)), 0};
-      if (run.length < left) {
-        const Run rest = run_at(p_.b.col, tile.start + j + run.length, left - run.length);
-        v.then = rest.offset - run.length;
-        v.aux_then = rest.aux_offset - run.length;
-        v.second = static_cast<uint16_t>(lanes(left) & ~lanes(run.length));
-      }
-      for (int64_t i = j / kernel_.vector; i < 2; ++i) vectors[i] = v;
-    }
-  }
-
-  // Each tile fetches the one after it, which may be the next block's.
-  void fetch_next_columns(const Range& js) {
-    FedVector after[2];
-    feed_columns(plan_.n[js.end < plan_.n.count() ? js.end : js.end - 1], after);
-    const FedVector* next = after;
-    for (int64_t j = js.end - js.begin; j-- > 0; next = fed_[j])
-      for (int v = 0; v < 2; ++v) fed_[j][v].next = next[v].at, fed_[j][v].aux_next = next[v].aux_at;
-  }
-
-  // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side
-  // by side in D.
-  void join_columns(int64_t count, bool to_d) {
-    const int64_t nr = kernel_.nr;
-    const auto whole = [&](const Column& c) {
-      return c.tile.size == nr && (!to_d || (c.out_unit && !c.split && (c.aux_unit || !p_.d.aux)));
-    };
-    columns_[count - 1].alike = 1;
-    for (int64_t j = count - 2; j >= 0; --j) {
-      Column &c = columns_[j], &next = columns_[j + 1];
-      c.alike = 1;
-      if (!whole(c) || !whole(next)) continue;
-      c.b_step = static_cast<const char*>(next.b) - static_cast<const char*>(c.b);
-      const bool side_by_side = !to_d || (next.out == c.out + nr && (!p_.d.aux || next.aux == c.aux + nr));
-      if (side_by_side && (next.alike == 1 || next.b_step == c.b_step || !c.b)) c.alike = next.alike + 1;
-    }
-  }
-
+  const Task& task_;
+  const GemmProblem& p_;
+  const Plan& plan_;
+  const Microkernel& kernel_;
+  const Panels<T>& panels_;
   Column columns_[kMaxBlockN];
-  FedVector fed_[kMaxBlockN][2];
-  int out_storage_;
-  bool all_unit_ = false;  // every column has out_unit, and aux_unit where there is a residual
-  bool whole_out_, half_out_, transcendental_;
-
- private:
-  bool aux_alike_;
+  bool all_unit_ = false, whole_out_, half_out_, transcendental_, same_strides_;
 };
 
 }  // namespace conv1x1

@@ -8,8 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "amx/amx_block.h"
+#include "fma_block.h"
 #include "parallel.h"
-#include "plan.h"
 #include "worker.h"
 
 namespace conv1x1 {
@@ -18,7 +19,7 @@ namespace {
 // A small call's workspace is on the stack: aligned memory from malloc costs it 0.2 us of about 2.
 constexpr int64_t kSmallWorkspace = 16 << 10;
 
-template <class T>
+template <class Family>
 Status run(const GemmProblem& p, const Plan& plan) {
   alignas(64) char small[kSmallWorkspace];
   const int64_t bytes = plan.total();
@@ -49,20 +50,21 @@ Status run(const GemmProblem& p, const Plan& plan) {
   // `id` walks the plan's threads: a team may come out smaller than asked for, and the result must not.
   run_team(plan.threads, [&](int thread, int threads, auto barrier) {
     if (packs_once) {
+      const Task task(p, plan, shared);
       for (int id = thread; id < plan.threads; id += threads)
-        Panels<T>(p, plan, shared, own + id * plan.per_thread()).pack_once(id, plan.threads);
+        Panels<typename Family::T>(task, own).pack_whole(id, plan.threads);
       barrier();
     }
     for (int id = thread; id < plan.threads; id += threads)
-      Worker<T>(p, plan, shared, own + id * plan.per_thread()).compute(id);
+      Worker<Family>(p, plan, shared, own + id * plan.per_thread()).compute(id);
     if (plan.slices > 1 && p.n > 0) {
       barrier();
       for (int id = thread; id < plan.threads; id += threads)
-        Worker<T>(p, plan, shared, own + id * plan.per_thread()).join_slices(id, plan.threads);
+        Worker<Family>(p, plan, shared, own + id * plan.per_thread()).join_slices(id, plan.threads);
     }
     if (plan.streams) finish_streaming();
   });
-  if (p.row_sums.data) Worker<T>(p, plan, shared, own).write_row_sums();
+  if (p.row_sums.data) Worker<Family>(p, plan, shared, own).write_row_sums();
   std::free(allocated);
   return kOk;
 }
@@ -71,7 +73,8 @@ template <class T>
 void pack(const GemmProblem& p, const Plan& plan, void* panels) {
   Shared shared{};
   shared.once_a = shared.once_b = static_cast<char*>(panels);
-  Panels<T>(p, plan, shared, nullptr).pack_once(0, 1);
+  const Task task(p, plan, shared);
+  Panels<T>(task, nullptr).pack_whole(0, 1);
 }
 
 }  // namespace
@@ -88,7 +91,8 @@ void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* pan
 
 Status run_gemm(const GemmProblem& p, const Plan& plan) {
   if (p.m == 0 || (p.n == 0 && !p.row_sums.data)) return kOk;
-  return plan.kernel->dtype == DType::kFloat64 ? run<double>(p, plan) : run<float>(p, plan);
+  if (plan.kernel->amx) return run<AmxBlock>(p, plan);
+  return plan.kernel->dtype == DType::kFloat64 ? run<FmaBlock<double>>(p, plan) : run<FmaBlock<float>>(p, plan);
 }
 
 Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels) {

@@ -9,46 +9,15 @@ namespace {
 
 std::string number(int64_t n) { return std::to_string(n); }
 
-const char* name_of(Operand o) {
-  return o == Operand::kDirect ? "read in place" : (o == Operand::kPackOnce ? "packed once" : "packed by block");
-}
-
-std::string parts_of(const Plan& plan) {
-  return "as the sum of " + number(plan.kernel->parts) + " " + dtype_name(plan.kernel->operand) + ", exactly";
-}
-
-std::string fed(const Plan& plan) {
-  return plan.kernel->parts > 1 ? "; " + parts_of(plan) + ", split between the products" : "";
-}
-
-std::string reason_a(const GemmProblem& p, const Plan& plan) {
-  if (plan.a == Operand::kDirect)
-    return (plan.a_access == AccessA::kRows ? "k is contiguous" : "m is contiguous") + fed(plan);
-  if (plan.prepacked && p.a_is_weight) return "by the caller, beforehand";
-  if (plan.kernel->parts > 1) return parts_of(plan);
-  if (p.dtype != plan.kernel->operand) return "converted to float32";
-  if (p.a.aux) return "masked by the saved output";
-  if (p.row_sums.data && !p.exchanged) return "the bias gradient is summed from the panels";
-  if (plan.kernel->kr > 1) return "pairs along k interleaved";
-  return plan.a_access == AccessA::kCols && p.a.row.inner_stride() == 1 ? "its columns fall into few cache sets"
-                                                                        : "its strides do not suit the microkernel";
-}
-
-std::string reason_b(const GemmProblem& p, const Plan& plan) {
-  if (plan.b == Operand::kDirect && plan.kernel->parts > 1) return "n is contiguous" + fed(plan);
-  if (plan.b == Operand::kDirect && p.dtype != plan.kernel->operand)
-    return "n is contiguous; converted to float32 as it is loaded";
-  if (plan.b == Operand::kDirect) return "n is contiguous";
-  if (plan.prepacked && p.b_is_weight) return "by the caller, beforehand";
-  if (plan.kernel->parts > 1) return parts_of(plan);
-  if (p.dtype != plan.kernel->operand) return "converted to float32";
-  if (p.b.aux) return "masked by the saved output";
-  if (p.exchanged && p.row_sums.data) return "the bias gradient is summed from the panels";
-  if (plan.kernel->kr > 1) return "pairs along k interleaved";
-  if (p.b.col.inner_stride() != 1) return "n is not contiguous";
-  if (plan.n.segment != p.n_segment) return "tiles span images to keep vectors full";
-  return b_readable(p, *plan.kernel) ? "its rows fall into few cache sets, or many pages"
-                                     : "its strides do not suit the microkernel";
+std::string origin(const OperandPlan& operand) {
+  static const char* const names[] = {"read in place",
+                                      "read in place, converted to float32 as it is loaded",
+                                      "read in place, split between the products",
+                                      "packed once",
+                                      "packed by block",
+                                      "packed by block, a row of tiles between the products of the one before",
+                                      "packed by the caller"};
+  return std::string(names[static_cast<int>(operand.source)]) + ": " + operand.reason;
 }
 
 }  // namespace
@@ -62,9 +31,8 @@ std::string describe(const GemmProblem& p, const Plan& plan) {
   text += std::string("\ndtype=") + dtype_name(p.dtype) + ", accumulated in " + dtype_name(plan.kernel->dtype);
   text += "\ngemm=m " + number(p.m) + ", n " + number(p.n) + ", k " + number(p.k) + ", groups " + number(p.groups);
   if (p.exchanged) text += ": A is x and B dz, the larger one packed in the longer lines";
-  text += std::string("\nA=") + name_of(plan.a) + ": " + reason_a(p, plan);
-  if (plan.packs_ahead) text += ", a row of tiles between the products of the one before";
-  text += std::string("\nB=") + name_of(plan.b) + ": " + reason_b(p, plan);
+  text += "\nA=" + origin(plan.a);
+  text += "\nB=" + origin(plan.b);
   text += "\ntiles=" + number(plan.m.count()) + " x " + number(plan.n.count()) + " of at most " +
           number(plan.kernel->mr) + " x " + number(plan.kernel->nr);
   text += "\nblock=" + number(plan.block_m) + " x " + number(plan.block_n) + " tiles, k " + number(plan.k_step) +

@@ -1,5 +1,5 @@
 // What the next block will read from memory, fetched into L2 while this one is computed: a few lines at a time
-// (TileArgs::fetch), spread over all steps of every tile, because many at once would hold up the loads of the tile
+// (FetchShare), spread over all steps of every tile, because many at once would hold up the loads of the tile
 // itself. Hardware prefetchers do not see these reads coming: they are short pieces of many rows.
 #pragma once
 
@@ -29,30 +29,31 @@ class FetchAhead {
     }
   }
 
-  // The share of this call's tiles, where `tiles` are still to come, these included.
-  void share(int64_t tiles, TileArgs& args) {
-    args.fetch = Fetch();
+  // The share of a call that computes so many tiles `here`, of `steps` each, where `tiles` are still to come, these
+  // included.
+  FetchShare share(int64_t tiles, int64_t here, int64_t steps_of_tile) {
+    FetchShare share;
     while (current_ < count_) {
       Piece& piece = pieces_[current_];
       if (piece.row < piece.rows) {
-        const int64_t here = args.tiles * args.panels, steps = args.k * here;
+        const int64_t steps = steps_of_tile * here;
         int64_t rows = (left_ * here + tiles - 1) / tiles, together = 1;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
         // Of a stretch, as many lines in a step as it takes.
         while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;
         const int64_t fetches = rows / together < steps ? rows / together : steps;
-        args.fetch = {piece.base + piece.row * piece.pitch, fetches, piece.pitch * together, piece.width * together};
-        args.fetch_every = 1;
-        while (args.fetch_every < kMostApart &&
-               (fetches + kFetchedTogether - 1) / kFetchedTogether * 2 * args.fetch_every <= steps)
-          args.fetch_every *= 2;
-        args.fetch_near = piece.near;
+        share.lines = {piece.base + piece.row * piece.pitch, fetches, piece.pitch * together, piece.width * together};
+        while (share.every < kMostApart &&
+               (fetches + kFetchedTogether - 1) / kFetchedTogether * 2 * share.every <= steps)
+          share.every *= 2;
+        share.near = piece.near;
         piece.row += fetches * together;
         left_ -= fetches * together;
-        return;
+        return share;
       }
       ++current_;
     }
+    return share;
   }
 
  private:

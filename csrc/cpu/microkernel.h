@@ -21,20 +21,7 @@
 // Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
 // Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
 //
-// AMX multiplies matrices: 16 x 16 tiles of C by 16 steps. KS = 16 steps of a row of A lie together in its packed
-// panel,
-//
-//   kCols  A(i, k) = a[(k / KS * lda + i) * KS + k % KS]
-//
-// rows in memory lie an even distance apart, panels of A and of B are filled up with zeros to whole KS, `k` counts
-// whole KS, columns of a panel past n are read (and their results thrown away), and the accumulators begin with c_in:
-// the chain goes on, wherever calls cut it, and `chain` and `partial` are ignored. Around such calls stand `enter` and
-// `leave`, once per thread.
-//
-// Where operands are several `parts`, an element of A or B is the sum of so many of the kernel's operands: the largest
-// part of a group of KS steps, then the others, each laid out as a group; `k`, `chain` and steps count them all. Steps
-// are k and k + KS of a group of 2 KS. Chains end, as above, and c_in is added to their sum. What an operand's parts
-// cannot show, infinities and the smallest numbers, is left to `repair`.
+// AMX's kernels have a contract of their own: amx/amx_kernel.h.
 #pragma once
 
 #include <cstddef>
@@ -45,12 +32,8 @@
 
 namespace conv1x1 {
 
-constexpr int64_t kChannelsForParts = 64, kPixelsForParts = 32;  // in and out; of an image: a tile of rows
-constexpr int64_t kLeastOfTile = 16, kTileOfWeights = 32;        // channels out that are one tile of a weight
-constexpr uint32_t kDoubtfulBelow = 0x21800000;                  // the bits of 2^-60
-constexpr uint32_t kSmallBelow = 0x27800000;  // of 2^-48: products of larger numbers keep all their parts
-constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64, kMaxPending = 13 << 10, kPendingState = 256, kFetchedTogether = 4,
-              kMaxStripRows = 256;
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64;
+constexpr int kFetchedTogether = 4;  // lines in a step of a tile
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -80,96 +63,47 @@ struct Fetch {
   int64_t rows = 0, pitch = 0, width = 0;
 };
 
-using RepairFn = void (*)(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite);
-
-// Rows of a tile of A that are contiguous along k, packed some pieces at a time between products, which leave memory
-// and the vector units idle. A piece: a group of steps of one row.
-struct PackAhead {
-  const char *rows[kMaxMr], *aux[kMaxMr];
-  void* panel;
-  int64_t count, k, groups;      // rows, and what is packed of each
-  int64_t row, group, left = 0;  // the next piece, and how many are left
-  int64_t each = 0;              // so many after a product
-  void (*step)(PackAhead& ahead, int64_t pieces);
+// What a call of a tile fetches on the way, for blocks that come later: every `every` steps (a power of two) of each of
+// its tiles the next kFetchedTogether rows, until none are left; where `near`, a line of each into L1.
+struct FetchShare {
+  Fetch lines;
+  int64_t every = 1;
+  bool near = false;
 };
 
-// Where a vector's columns lie in a row of B: lane l of `first` at `at` + l; where they lie in two runs, the lanes of
-// `second` likewise from `then` on. The next tile's begins at `next` and will be fetched.
-struct FedVector {
-  int64_t at, then, aux_at, aux_then, next, aux_next;
-  uint16_t first, second;
-};
-
-// A group of steps of one tile, split piece by piece: a row of A, or a step of a vector of B.
-struct FedGroup {
-  const char *src, *aux;  // of the tile's first row, or all columns' first k, from this group on
-  int64_t k;              // what is left from there
-  const FedVector* vectors;
-  char* to;
-  int64_t next, count;  // pieces
-};
-
-// Several parts: an operand that a call reads in place, because the other one's tiles are one row or one column and a
-// panel would be read but once. A group is split into L1 while the one before is multiplied.
-struct Feed {
-  const char *src, *aux;
-  int64_t pitch, aux_pitch;  // bytes from row to row of A, from k to k of B
-  int64_t group, aux_group;  // ... from group to group of k
-  int64_t step, aux_step;    // ... from tile to tile of A
-  int64_t k;
-  const FedVector* vectors;  // B: two of each panel
-  void (*split)(const Feed& feed, FedGroup& group, int64_t pieces);
-};
-
+// What every family's tiles are told.
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
   // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
-  // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null. KS = 1: `piece`, whole
-  // chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from L1.
-  int64_t tiles = 1, a_step = 0, piece = INT64_MAX;
-  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows in turn; else 0.
-  int64_t own_rows = 0;
-  // KS > 1: for each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart,
-  // their columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
-  int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;
-  bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
+  // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null.
+  int64_t tiles = 1, a_step = 0;
   const void* const* a_rows = nullptr;
-  int64_t a_pitch = 0;      // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
-  int64_t a_k = 1;          // KS = 1: elements from step to step of a row
-  const void* a = nullptr;  // KS > 1, kCols
-  int64_t lda = 0;
   const void* b = nullptr;
   int64_t ldb = 0;
   const void* c_in = nullptr;
   int64_t ld_in = 0;
-  // MR * NR elements, for each tile of a strip where k > piece; may be c_in. Not read before it is written, unused
-  // where k <= chain.
-  void* partial = nullptr;
   void* c_out = nullptr;
   int64_t ld_out = 0;
   const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other
   const Epilogue* epilogue = nullptr;
-  // KS > 1: the stores may wait in here for the next call, or for finish_pending, and `epilogue` must last as long;
-  // null: nothing waits.
-  void* pending = nullptr;
-  // Several parts: called with the tile's sums, before c_in and the epilogue, where one of them is not finite, or
-  // smaller than kDoubtfulBelow.
-  RepairFn repair = nullptr;
-  void* repairer = nullptr;
-  bool mirrored = false;  // their products in the order that they have with A and B exchanged
-  // Several parts: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
-  // overwrites; null: nothing.
-  PackAhead* pack = nullptr;
-  const Feed* feed = nullptr;  // several parts: of A where its access is kRows, else of B, where there is one
-  Fetch next_a, next_c;        // KS > 1: of what the next rows of tiles will read and be stored to, this call's share
-  // Every fetch_every steps of each tile (a power of two), the next kFetchedTogether rows of `fetch` are fetched, until
-  // none are left; where `fetch_near`, a line of each into L1.
-  Fetch fetch;
-  int64_t fetch_every = 1;
-  bool fetch_near = false;
+  FetchShare fetch;
 };
 
-using TileFn = void (*)(const TileArgs&);
+// The multiply-add kernels': one function for kRows and kCols.
+struct FmaTileArgs : TileArgs {
+  int64_t a_k = 1;      // elements from step to step of a row
+  int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
+  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows in turn; else 0.
+  int64_t rows_per_tile = 0;
+  // Whole chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from
+  // L1.
+  int64_t piece = INT64_MAX;
+  // MR * NR elements, for each tile of a strip where k > piece; may be c_in. Not read before it is written, unused
+  // where k <= chain.
+  void* partial = nullptr;
+  bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
+};
+using FmaTileFn = void (*)(const FmaTileArgs&);
 
 // Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
 // k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR; in
@@ -203,6 +137,16 @@ using TakeBitsFn = void (*)(void* z, const uint8_t* bits, int64_t at, int64_t n,
 // In place on a tile: SiLU, Hardswish, GELU.
 using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
 
+struct AmxKernel;  // amx/amx_kernel.h
+
+struct Microkernel;
+
+// What the multiply-add family alone has.
+struct FmaKernel {
+  FmaTileFn fn[kMaxMr][kMaxNv] = {};  // [m - 1][vectors - 1]
+  bool pitched = false;               // rows of A by their first one and a_pitch
+};
+
 struct Microkernel {
   const char* name;
   const char* isa;
@@ -212,9 +156,12 @@ struct Microkernel {
   int kr, mr, nr, vector;
   int parts;  // of an operand, whose sum it is: a panel holds each group of KS steps once for every part
   bool stores_half;
-  int ks;                        // steps of a row of A that lie together in a panel; panels are filled up to whole KS
-  int m_unit;                    // tiles of m begin at multiples of it
-  TileFn fn[2][kMaxMr][kMaxNv];  // [access][m - 1][vectors - 1]
+  bool splits;  // stores columns by TileArgs::splits
+  int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
+  int m_unit;   // tiles of m begin at multiples of it
+  // The family: one of the two, the other null.
+  const FmaKernel* fma;
+  const AmxKernel* amx;
   // Indexed by the dtype in memory; null where the pair makes no sense.
   PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
   PackFn pack_b[4];     // k-major
@@ -227,24 +174,11 @@ struct Microkernel {
   PutBitsFn put_bits;
   TakeBitsFn take_bits;
   ActivateFn activate;
-  bool pitched;  // rows of A by their first one and a_pitch
-  bool splits;   // stores columns by TileArgs::splits
   // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
   // rows; `tall`: two vectors and more rows. Those two are pitched, and not for wgrad, whose panels' sums they do not
   // know.
   const Microkernel *wide, *narrow, *tall;
-  const Microkernel* float16_b;                             // the same for a B in place in float16; null: none
-  void (*pack_ahead[3])(PackAhead& ahead, int64_t pieces);  // PackAhead::step, by Mask; null: none
-  // Feed::split, of [A, B] by Mask, from the dtype that is packed; null: none.
-  void (*feed[2][3])(const Feed& feed, FedGroup& group, int64_t pieces);
-  int products;  // of 2 x 2 tiles, for a group of steps
-  // Several parts: has a panel, of A or of B, a number below kSmallBelow that is not zero?
-  bool (*has_small)(const void* panel, int64_t ld, int64_t steps);
-  // Before a thread's first tile and after its last one; null: nothing to do.
-  void (*enter)();
-  void (*leave)();
-  // kMaxPending bytes, aligned to 64, the first kPendingState of them zero before the first call; may be null.
-  void (*finish_pending)(void* pending);
+  const Microkernel* float16_b;  // the same for a B in place in float16; null: none
 };
 
 // dispatch.cpp
@@ -257,22 +191,6 @@ struct KernelSet {
   const Microkernel* float16_parts = nullptr;
   const Microkernel& for_dtype(DType t) const {
     return t == DType::kFloat64 ? *float64 : (t == DType::kBFloat16 ? *bfloat16 : *float32);
-  }
-  // By dtype, channels and the pixels of an image: neither the batch nor threads may decide a result's bits.
-  const Microkernel& for_problem(const GemmProblem& p) const {
-    const Microkernel* parts =
-        p.dtype == DType::kFloat32 ? float32_parts : (p.dtype == DType::kFloat16 ? float16_parts : nullptr);
-    const int64_t out = p.a_is_weight ? p.m : p.n, in = p.split_k ? p.m : p.k;
-    const int64_t pixels = p.split_k ? p.k : (p.a_is_weight ? p.n_segment : p.m_segment);
-    const bool pays = in >= kChannelsForParts && out >= kChannelsForParts && pixels >= kPixelsForParts;
-    // One tile of a weight reads activations in place. float16 has to be converted in either case. (Of wgrad, the
-    // layout decides which side is which.)
-    const bool half = p.dtype == DType::kFloat16 && in >= 2 * kChannelsForParts && out >= kChannelsForParts / 2 &&
-                      pixels >= 2 * kPixelsForParts;
-    const bool fed =
-        in >= kChannelsForParts && out >= kLeastOfTile && out <= kTileOfWeights && pixels >= 2 * kPixelsForParts;
-    const bool narrow = !p.split_k && (half || fed);
-    return parts && (pays || narrow) ? *parts : for_dtype(p.dtype);
   }
 };
 

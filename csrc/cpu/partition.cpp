@@ -1,6 +1,7 @@
 // How a plan's work is split over threads, for plan.cpp.
 #include <algorithm>
 
+#include "amx/amx_kernel.h"
 #include "plan_facts.h"
 
 namespace conv1x1 {
@@ -28,18 +29,18 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const bool images_m = p.pools && !p.pool_along_n, images_n = p.pools && p.pool_along_n;
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
-  const double multiply = plan.kernel->ks > 1 ? plan.kernel->products / 32.0 : 0.5;
+  const double multiply = plan.kernel->amx ? plan.kernel->amx->products / 32.0 : 0.5;
   // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
   const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
-  const auto cost_of = [&](Operand how, bool weight, bool transposes, const void* aux) {
+  const auto cost_of = [&](const OperandPlan& how, bool weight, bool transposes, const void* aux) {
     const double read = (weight && weight_is_near ? 0.1 : 0.5) * (aux ? 2 : 1);
-    return how == Operand::kDirect ? read : read + (transposes ? 1 : 0.5);
+    return how.in_place() ? read : read + (transposes ? 1 : 0.5);
   };
   const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
   const double cost_b = cost_of(plan.b, p.b_is_weight, p.b.col.inner_stride() != 1, p.b.aux);
   // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
-  const auto bring = [&](Operand how, double cost, int64_t all, int64_t own, int others, int64_t times) {
-    if (how != Operand::kPackOnce) return static_cast<double>(own * times) * cost;
+  const auto bring = [&](const OperandPlan& how, double cost, int64_t all, int64_t own, int others, int64_t times) {
+    if (!how.whole()) return static_cast<double>(own * times) * cost;
     return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(all) * cost / threads;
   };
   double best = 1e300;
@@ -54,11 +55,11 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
         const Tiling cut = evened(p, plan.n, n);
         const int64_t tn = images_n ? ceil_div(units_n, n) * plan.n.per_segment : ceil_div(cut.count(), n);
         const int64_t rows = plan.m.most(tm) * plan.m.unit, vectors = std::max<int64_t>(cut.most(tn), 1);
-        const double cost = static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
-                            (static_cast<double>(rows * vectors) * multiply +
-                             bring(plan.a, cost_a, p.m, rows, n,
-                                   ceil_div(tn, plan.a == Operand::kDirect ? plan.block_n : plan.reach_n)) +
-                             bring(plan.b, cost_b, p.n, vectors * plan.n.unit, m, ceil_div(tm, plan.block_m)));
+        const double cost =
+            static_cast<double>(ceil_div(p.groups, g) * ceil_div(plan.slices, k)) *
+            (static_cast<double>(rows * vectors) * multiply +
+             bring(plan.a, cost_a, p.m, rows, n, ceil_div(tn, plan.a.in_place() ? plan.block_n : plan.reach_n)) +
+             bring(plan.b, cost_b, p.n, vectors * plan.n.unit, m, ceil_div(tm, plan.block_m)));
         if (cost < best * 0.999) {
           best = cost;
           plan.part_g = g;

@@ -1,4 +1,5 @@
-// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. Pure; explain.cpp prints its result.
+// GemmProblem -> Plan: blocks, k-slices, what is packed where, and the workspace. Pure; the choice of kernel, tiles and
+// operands' sources is operands.cpp's, the threads' shares are partition.cpp's; explain.cpp prints the result.
 //
 // The only choices that decide bits are kc, the k-slices and the packed length over which bias gradients are summed;
 // none of them looks at the thread count, and for y and dx none looks at the batch.
@@ -30,7 +31,6 @@ constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a pa
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
 constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: of pixels, in a slice; in all
-constexpr int64_t kWideWgrad = 256;        // wgrad: columns from which a wide tile pays, where A's panels are rows
 constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
 constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
 constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
@@ -66,148 +66,7 @@ int64_t l2_bytes() {
   return bytes;
 }
 
-bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
-  const Axis& col = p.b.col;
-  return p.dtype == kernel.b_in_place && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
-         col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
-}
-
 namespace {
-
-// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel is
-// read several times. wgrad's pieces of k are fetched into L2 beforehand, from where a tile can read them in place;
-// where its rows are but a line or two of such a distance, as AVX2's, they are more pages than a TLB holds.
-bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t element, int64_t m_tiles) {
-  const int64_t pitch = p.b.row.inner_stride() * element;
-  if (p.k < 64 || m_tiles < 4) return false;
-  if (p.split_k) return pitch >= 64 * kernel.nr * element;
-  return pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024);
-}
-
-// A tile of A read along m is a narrow strip of lines, k of them; rows a multiple of 1 KiB apart leave it a few cache
-// sets, and every tile of n would fetch it from L3 again.
-bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
-  return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
-}
-
-// AMX loads rows an even distance apart, in whole groups of steps.
-bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel) {
-  return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0;
-}
-
-// Pooling's tiles lie within so many images that they are nearly full, and all of whose pixels go to one thread.
-int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
-  int64_t best = 1;
-  double most = 0;
-  for (int64_t images = 1; images <= batch && most < 0.97; ++images) {
-    if (batch % images != 0) continue;
-    const double full = static_cast<double>(images * pixels) / static_cast<double>(round_up(images * pixels, unit));
-    if (full > most) best = images, most = full;
-  }
-  return best;
-}
-
-// The shape of a tile: where one vector holds all columns, the narrow one; two, the tall one. Else the one that cuts D
-// into fewer, each of which costs its loads of C and its stores besides the multiply-adds. Where A's panels have lines
-// of MR, the taller one: lines of 6 are slow to pack. A weight that is B is packed for one shape whatever the
-// activations are, so nothing but n may decide then; a single panel of one or two vectors is the same in every shape.
-void choose_shape(const GemmProblem& p, Plan& plan) {
-  const Microkernel& kernel = *plan.kernel;
-  const bool wgrad_is_wide = kernel.kr == 1 && plan.a_access == AccessA::kRows && p.n >= kWideWgrad;
-  if ((p.split_k && !wgrad_is_wide) || plan.n.segments == 0 ||
-      (plan.prepacked && p.a_is_weight && plan.a_access == AccessA::kCols))
-    return;
-  const auto take = [&](const Microkernel& shape, const char* why) {
-    plan.kernel = &shape;
-    plan.shape = why;
-    plan.m = Tiling(p.m, plan.m.segment, shape.m_unit, shape.mr);
-    plan.n = Tiling(p.n, plan.n.segment, shape.vector, shape.nr / shape.vector);
-  };
-  const bool pitched = plan.a != Operand::kDirect || plan.a_access == AccessA::kCols || p.a.row.linear();
-  if (kernel.narrow && plan.n.vectors == 1 && p.m >= kernel.narrow->mr && pitched)
-    return take(*kernel.narrow, ", the narrow shape: one vector of columns");
-  if (kernel.tall && plan.n.vectors == 2 && plan.n.count() == 1 && p.m >= kernel.tall->mr && pitched &&
-      plan.a_access == AccessA::kRows)
-    return take(*kernel.tall, ", the tall shape: two vectors of columns");
-  if (!kernel.wide) return;
-  if (!p.b_is_weight && plan.a_access == AccessA::kCols) return;
-  const auto tiles = [&](const Microkernel& k) {
-    return static_cast<double>(Tiling(p.n, plan.n.segment, k.vector, k.nr / k.vector).per_segment) / k.mr;
-  };
-  if (tiles(*kernel.wide) > 0.97 * tiles(kernel)) return;
-  take(*kernel.wide, ", the wide shape: fewer tiles");
-}
-
-// Channels of a weight, of one group, that a kernel in parts may have in one tile.
-bool one_tile_of_weights(const GemmProblem& p, const Microkernel& kernel) {
-  return kernel.parts > 1 && !p.split_k && (p.a_is_weight ? p.m : p.n) <= kTileOfWeights;
-}
-
-// Activations in parts that are read in place, split between the products: where a panel would be read but once.
-void choose_feed(const GemmProblem& p, Plan& plan) {
-  if (!one_tile_of_weights(p, *plan.kernel)) return;
-  if (p.b_is_weight) {
-    const Axis &row = p.a.row, &k = p.a.col;
-    if (plan.n.count() != 1 || !row.linear() || !k.linear() || k.inner_stride() != 1) return;
-    if (p.a.aux && k.aux_stride[0] != 1) return;
-    plan.a = Operand::kDirect;
-    plan.a_access = AccessA::kRows;
-  } else if (p.a_is_weight) {
-    const Axis &col = p.b.col, &k = p.b.row;
-    const bool in_two_runs = col.linear() || col.inner_size() >= plan.kernel->vector;  // a vector's columns
-    if (plan.m.count() != 1 || !k.linear() || col.inner_stride() != 1 || !in_two_runs) return;
-    if (p.b.aux && col.aux_stride[col.nd - 1] != 1) return;
-    plan.b = Operand::kDirect;
-  }
-}
-
-void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
-  const Microkernel& kernel = *plan.kernel;
-  const bool weight_a = plan.prepacked && p.a_is_weight, weight_b = plan.prepacked && p.b_is_weight;
-  const bool pools_m = p.pools && !p.pool_along_n && p.m > 0;
-  const int64_t m_images = pools_m ? pooled_images(p.m_segment, p.m / p.m_segment, kernel.mr) : 1;
-  plan.m = Tiling(p.m, pools_m ? m_images * p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
-
-  // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
-  int64_t segment = p.n_segment;
-  const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
-  bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, kernel, element, plan.m.count());
-  if (segment != p.n && (direct ? full < (p.m >= 256 ? 0.95 : 0.85) && p.m >= 64 : full < 0.95)) {
-    segment = p.pools && p.pool_along_n ? segment * pooled_images(segment, p.n / segment, kernel.vector) : p.n;
-    direct = direct && p.b.col.linear();
-  }
-  plan.n = Tiling(p.n, segment, kernel.vector, kernel.nr / kernel.vector);
-  plan.b = direct ? Operand::kDirect : (p.b_is_weight ? Operand::kPackOnce : Operand::kPackBlock);
-
-  const bool unit_k = p.a.col.inner_stride() == 1;
-  plan.a_access = unit_k ? AccessA::kRows : AccessA::kCols;
-  const bool a_rows = unit_k && p.a.col.linear() && p.k % kernel.kr == 0;
-  const bool a_cols = (!p.split_k || p.exchanged) && !unit_k && kernel.kr == 1 && p.a.col.linear() &&
-                      p.a.row.linear() && p.a.row.inner_stride() == 1 && !a_conflicts(p, element, plan.n.count());
-  // Sums of A's rows are taken from packed panels.
-  const bool sums_rows = p.row_sums.data && !p.exchanged;
-  if (!weight_a && p.dtype == kernel.operand && !p.a.aux && !sums_rows && (a_rows || a_cols))
-    plan.a = Operand::kDirect;
-  else
-    plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
-  if (kernel.ks > 1) {
-    if (plan.a == Operand::kDirect && !a_suits_tiles(p, kernel))
-      plan.a = p.a_is_weight ? Operand::kPackOnce : Operand::kPackBlock;
-    plan.a_access = plan.a == Operand::kDirect ? AccessA::kRows : AccessA::kCols;
-    choose_feed(p, plan);
-  }
-  choose_shape(p, plan);
-}
-
-// float16 in place, converted in every tile that reads it, rather than packed.
-void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
-  const Microkernel* other = plan.kernel->float16_b;
-  if (!other || p.dtype != other->b_in_place || p.b_is_weight || p.split_k) return;
-  Plan converting = plan;
-  converting.kernel = other;
-  choose_operands(p, converting, element);
-  if (converting.b == Operand::kDirect) plan = converting;
-}
 
 // k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
@@ -259,7 +118,7 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.slice = std::max(round_up(ceil_div(p.k, slices), plan.kc), plan.kc);
     plan.slices = std::max<int64_t>(ceil_div(p.k, plan.slice), 1);
   }
-  const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
+  const bool packs = plan.a.by_block() || plan.b.by_block();
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
   const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image, in either layout: bits
@@ -277,7 +136,7 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
                            p.split_k ? kChain : std::max(plan.kc, kChain));  // whole chains: see plan.h
   // A few pixels in place meet every panel of a weight: as much of k at a time as leaves both in L2.
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
-  if (plan.a == Operand::kDirect && plan.a_access == AccessA::kCols && plan.b == Operand::kPackOnce && both > plan.kc)
+  if (plan.a.in_place() && plan.a_access == AccessA::kCols && plan.b.whole() && both > plan.kc)
     plan.k_step = std::min(plan.k_step, round_up(ceil_div(plan.slice, ceil_div(plan.slice, both)), plan.kc));
 }
 
@@ -290,7 +149,7 @@ void choose_strip(Plan& plan, int64_t steps, int64_t element) {
     const int64_t row = std::max<int64_t>(steps / plan.kernel->ks * plan.block_n, 1);
     const bool whole = plan.k_step >= plan.slice && plan.slices == 1;
     if (whole && plan.kernel->parts == 1) plan.strip = clamp(kGroupsACall / row, 1, kMaxTiledStrip);
-    if (whole && plan.kernel->parts > 1 && plan.a == Operand::kDirect) plan.strip = kMaxTiledStrip;
+    if (whole && plan.a.source == Source::kSplitBetweenProducts) plan.strip = kMaxTiledStrip;
     return;
   }
   plan.strip = clamp(kStripBytes / (mr * steps * element), 1, kMaxStrip);
@@ -305,15 +164,15 @@ bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
   const Axis& k = p.a.col;
   const bool lines = k.inner_stride() == 1 && k.linear() && (!p.a.aux || k.aux_stride[k.nd - 1] == 1);
   const int64_t all_b = plan.n.padded() * plan.steps(plan.k_step) * element;
-  return plan.kernel->parts > 1 && plan.a == Operand::kPackBlock && lines && !p.split_k && !p.pools && p.groups == 1 &&
+  return plan.kernel->parts > 1 && plan.a.by_block() && lines && !p.split_k && !p.pools && p.groups == 1 &&
          plan.k_step >= plan.slice && plan.n.count() <= kMaxBlockN && all_b <= l2_bytes() / 2;
 }
 
 // B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
 // A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
-  plan.packs_ahead = can_pack_ahead(p, plan, element);
-  const int64_t l2 = plan.b == Operand::kDirect ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
+  if (can_pack_ahead(p, plan, element)) plan.a.source = Source::kPackedAhead;
+  const int64_t l2 = plan.b.in_place() ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
@@ -321,14 +180,14 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   // which L1 holds neither, for the whole block of A.
   const bool in_parts = plan.kernel->parts > 1;
   const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
-  const bool feeds_b = in_parts && plan.b == Operand::kDirect;  // of which there are no panels
+  const bool feeds_b = plan.b.source == Source::kSplitBetweenProducts;  // there are no panels of it
   const int64_t fit =
       feeds_b ? kMaxBlockN : clamp(p.b_is_weight ? half : std::max(quarter, std::min<int64_t>(half, 4)), 1, kMaxBlockN);
-  plan.block_n = plan.packs_ahead ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
+  plan.block_n = plan.packs_ahead() ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
-  const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
+  const bool repacks_b = plan.b.by_block() && (carried || plan.block_n < tiles_n);  // for every block of A
   // A large block of A where all of B passes by it once more for each.
-  if (plan.a == Operand::kPackBlock && !plan.packs_ahead) {
+  if (plan.a.source == Source::kPackedByBlock) {
     const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
   }
@@ -338,7 +197,8 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   // memory, not from L3.
   const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
   const bool from_l3 = plan.n.vectors > 1 && plan.partials_kept == 1 && touched > kCachedInL2;
-  plan.fetches_rows = !plan.kernel->pitched || from_l3 || touched > kCachedBytes;
+  const bool pitched = plan.kernel->fma && plan.kernel->fma->pitched;
+  plan.fetches_rows = !pitched || from_l3 || touched > kCachedBytes;
   plan.reach_n = carried ? clamp(kMaxCarried / (mr * nr * plan.block_m), plan.block_n, tiles_n) : tiles_n;
 }
 
@@ -365,17 +225,17 @@ void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != p.k;
   if (pieces && !one_block) return;  // B would be packed again for each block
   const int64_t panels = plan.n.padded() * plan.steps(p.k) * element;
-  if (plan.b == Operand::kPackOnce && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
+  if (plan.b.whole() && (plan.part_m == 1 || panels * plan.part_m <= kOwnPanels) &&
       (one_block || plan.block_n >= plan.n.count()) &&
       (!plan.prepacked || (plan.kernel->ks == 1 && plan.part_m > 1 &&
                            plan.m.most(plan.m.count()) * plan.m.unit >= kRowsToCopy * plan.part_m)))
-    plan.b = Operand::kPackBlock;
+    plan.b.source = Source::kPackedByBlock;
   if (plan.prepacked) return;
   // (A's more seldom: where its rows conflict, packing is all strides.)
   const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(p.k) * element;
-  if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
+  if (plan.a.source == Source::kPackedOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
-    plan.a = Operand::kPackBlock;
+    plan.a.source = Source::kPackedByBlock;
     if (!pieces) plan.block_m = clamp(l2_bytes() / 4 / (plan.kernel->mr * plan.steps(p.k) * element), 1, plan.block_m);
   }
 }
@@ -399,20 +259,18 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   const auto bytes = [](int64_t n) { return round_up(n, 64); };
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   if (!plan.prepacked) {
-    if (plan.a == Operand::kPackOnce)
-      plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element) + behind_a(*plan.kernel);
-    if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
+    if (plan.a.whole()) plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element) + behind_a(*plan.kernel);
+    if (plan.b.whole()) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
   }
   // A line apart from a round distance, at which panels written side by side would share cache sets.
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
-  const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
+  const int64_t panels_a = plan.packs_ahead() ? 2 : plan.block_m;
   // What is read in place has a panel for tiles that are repaired.
-  const bool in_parts = plan.kernel->parts > 1;
-  if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
-  if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
-  if (plan.a == Operand::kDirect && in_parts) plan.block_a = bytes(plan.panel_a * element);
-  if (plan.b == Operand::kDirect && in_parts) plan.block_b = bytes(plan.panel_b * element);
+  if (plan.a.by_block()) plan.block_a = bytes(panels_a * plan.panel_a * element);
+  if (plan.b.by_block()) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
+  if (plan.a.source == Source::kSplitBetweenProducts) plan.block_a = bytes(plan.panel_a * element);
+  if (plan.b.source == Source::kSplitBetweenProducts) plan.block_b = bytes(plan.panel_b * element);
   if (p.pools && plan.kernel->parts > 1) plan.staged = clamp(plan.block_n, 1, kPooledTiles);
   plan.accumulators =
       bytes((plan.kept() + plan.partials_kept + plan.staged + 1) * mr * nr * element);  // + a tile's residual
@@ -425,14 +283,13 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
 // `prepacked`: as if the weight's panels were there already.
 Plan plan_for(const GemmProblem& p, int max_threads, const KernelSet& kernels, bool prepacked) {
   Plan plan;
-  plan.kernel = &kernels.for_problem(p);
+  plan.kernel = &choose_kernel(p, kernels);
   plan.isa = kernels.isa;
   plan.prepacked = prepacked && (p.a_is_weight || p.b_is_weight);
   plan.streams = !p.pools && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
   // Of an accumulator, and of an element of a panel: KR operands are as wide.
   const int64_t element = dtype_size(plan.kernel->dtype);
   choose_operands(p, plan, element);
-  convert_b_in_place(p, plan, element);
   choose_k(p, plan, element);
   choose_blocks(p, plan, element);
   choose_partition(p, plan, max_threads);
@@ -462,7 +319,7 @@ Plan make_plan(const GemmProblem& p, int max_threads, const KernelSet& kernels) 
 }
 
 int64_t packed_weight_bytes(const GemmProblem& p, const KernelSet& kernels) {
-  if (!p.b_is_weight && (!p.a_is_weight || plan_for(p, 1, kernels, false).a == Operand::kDirect)) return 0;
+  if (!p.b_is_weight && (!p.a_is_weight || plan_for(p, 1, kernels, false).a.in_place())) return 0;
   const Plan plan = plan_for(p, 1, kernels, true);
   const int64_t columns = p.a_is_weight ? p.m : plan.n.padded();
   return p.groups * columns * plan.steps(p.k) * dtype_size(plan.kernel->dtype) +

@@ -1,10 +1,11 @@
 // How the CPU runs a GemmProblem.
 //
-//   plan.cpp    GemmProblem -> Plan (a pure function)     driver.cpp   GemmProblem + Plan -> threads and phases
-//   worker.h    a thread's loop nest                      microkernel.h   what runs inside a tile
-//   partition.cpp   what each thread computes             roles.cpp   which operand is A
-//   panels.h    a thread's packed operands                columns.h    a block's columns of tiles
-//   fetch_ahead.h   what the next block reads
+//   plan.cpp          GemmProblem -> Plan (a pure function)     driver.cpp  GemmProblem + Plan -> threads and phases
+//   operands.cpp      kernel, tiles, where operands come from   worker.h    a thread's loop nest around blocks
+//   partition.cpp     what each thread computes                 fma_block.h, amx/amx_block.h   the loops in a block
+//   roles.cpp         which operand is A                        panels.h    packed operands
+//   explain.cpp       a plan in words                           columns.h, output.h   a block's columns of D; the way
+//   out microkernel.h     what runs in a tile                       fetch_ahead.h   what the next block reads
 #pragma once
 
 #include <string>
@@ -14,7 +15,25 @@
 
 namespace conv1x1 {
 
-enum class Operand : int { kDirect, kPackOnce, kPackBlock };
+// Where a tile's operand comes from.
+enum class Source : int {
+  kInPlace,               // as it lies in memory
+  kConvertedOnLoad,       // likewise, converted to the kernel's dtype in every tile that reads it
+  kSplitBetweenProducts,  // likewise, of a kernel in parts: a group of k at a time, while the one before is multiplied
+  kPackedOnce,            // in panels, all of it before the first tile
+  kPackedByBlock,         // in panels, a block at a time, by every thread that reads it
+  kPackedAhead,           // A's rows of tiles, each between the products of the one before
+  kFromCaller,            // in panels that the caller made before
+};
+
+// With the reason, in words: explain() prints it.
+struct OperandPlan {
+  Source source = Source::kInPlace;
+  const char* reason = "";
+  bool in_place() const { return source <= Source::kSplitBetweenProducts; }
+  bool by_block() const { return source == Source::kPackedByBlock || source == Source::kPackedAhead; }
+  bool whole() const { return source == Source::kPackedOnce || source == Source::kFromCaller; }  // panels of all of it
+};
 
 struct Range {
   int64_t begin, end;
@@ -40,7 +59,7 @@ struct Tiling {
   }
 
   // `limit` if so many tiles from t on are as long as it, else one.
-  int64_t alike(int64_t t, int64_t limit) const {
+  int64_t same_size(int64_t t, int64_t limit) const {
     if (limit <= 1) return 1;
     const Tile first = (*this)[t], last = (*this)[t + limit - 1];  // lengths differ by one unit at most
     return last.segment == first.segment && last.size == first.size &&
@@ -67,11 +86,10 @@ struct Plan {
   const char* shape = "";     // which of the kernel's shapes this is, and why
   const char* isa = nullptr;  // of the whole set: the kernel's own, or a better one that has nothing better for it
   Tiling m, n;
-  Operand a = Operand::kDirect, b = Operand::kDirect;
+  OperandPlan a, b;
   AccessA a_access = AccessA::kRows;
-  bool packs_ahead = false;          // a row of tiles of A between the products of the one before
   bool streams = false;              // D is too large for caches: whole lines are stored past them
-  bool prepacked = false;            // the caller brought the weight's panels; B packed by block copies them
+  bool prepacked = false;            // the caller brought the weight's panels; B, packed by block, copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
   bool groups_take_turns = false;    // at each block of m, wgrad's at each k-slice; else a group has all of them first
   bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
@@ -87,6 +105,7 @@ struct Plan {
   int64_t panel_a = 0, panel_b = 0;  // elements from panel to panel of a packed block
   // workspace, in bytes
   int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
+  bool packs_ahead() const { return a.source == Source::kPackedAhead; }
   int64_t steps(int64_t k) const {  // of the microkernel, in panels; whole groups of KS
     const int64_t group = kernel->kr * kernel->ks;
     return (k + group - 1) / group * kernel->ks * kernel->parts;

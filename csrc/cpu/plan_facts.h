@@ -1,4 +1,4 @@
-// What plan.cpp and partition.cpp decide by, and explain.cpp gives as a reason.
+// What the files that make a plan share (plan.h lists them).
 #pragma once
 
 #include "plan.h"
@@ -13,8 +13,13 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? lo
 
 int64_t l2_bytes();  // of a core, as the operating system tells it, within bounds
 
-// Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
-bool b_readable(const GemmProblem& p, const Microkernel& kernel);
+// operands.cpp. The microkernel: by dtype, channels and the pixels of an image, for neither the batch nor threads may
+// decide a result's bits.
+const Microkernel& choose_kernel(const GemmProblem& p, const KernelSet& kernels);
+// Plan::a, b, a_access, m, n, and the kernel's shape. `element`: bytes of an accumulator.
+void choose_operands(const GemmProblem& p, Plan& plan, int64_t element);
+// Has a kernel in parts all of a weight's channels, of one group, in one tile?
+bool one_tile_of_weights(const GemmProblem& p, const Microkernel& kernel);
 
 // partition.cpp. Plan::part_*, threads; and tiles of n that come out even for so many parts.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads);

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "plan.h"
+#include "plan_facts.h"
 
 namespace conv1x1 {
 namespace {
@@ -38,7 +38,7 @@ GemmProblem with_best_roles(const GemmProblem& p) {
 }
 
 GemmProblem roles_for_packed_weight(const GemmProblem& p, const KernelSet& kernels) {
-  const Microkernel& kernel = kernels.for_problem(p);
+  const Microkernel& kernel = choose_kernel(p, kernels);
   const bool lanes_idle =
       static_cast<double>(p.n) < 0.85 * static_cast<double>((p.n + kernel.vector - 1) / kernel.vector * kernel.vector);
   const int64_t least = kernel.kr == 1 ? 128 : 512;  // pays for storing D transposed, and for pairs of narrow panels

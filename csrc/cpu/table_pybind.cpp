@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx/amx_kernel.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -51,7 +52,7 @@ std::vector<py::dict> list() {
     d["nr"] = k.nr;
     d["vector"] = k.vector;
     d["splits"] = k.splits;
-    d["pitched"] = k.pitched;
+    d["pitched"] = k.fma && k.fma->pitched;
     kernels.push_back(d);
   }
   return kernels;
@@ -59,11 +60,24 @@ std::vector<py::dict> list() {
 
 template <class T>
 struct Call {
-  conv1x1::TileArgs args;
+  // Of the kernel's family one is used; `args` is what they share.
+  conv1x1::FmaTileArgs fma;
+  conv1x1::AmxTileArgs amx;
+  conv1x1::TileArgs* args = nullptr;
+  conv1x1::FmaTileFn fma_fn = nullptr;
+  conv1x1::AmxTileFn amx_fn = nullptr;
   conv1x1::Epilogue epilogue;
   std::vector<const void*> rows;
   std::vector<T> partial;
-  conv1x1::TileFn fn;
+
+  void begin(const Microkernel& kernel, AccessA access, int64_t m, int64_t n) {
+    args = kernel.amx ? static_cast<conv1x1::TileArgs*>(&amx) : &fma;
+    if (kernel.amx)
+      amx_fn = kernel.amx->tile(access, m, n);
+    else
+      fma_fn = kernel.fma->fn[m - 1][(n + kernel.vector - 1) / kernel.vector - 1];
+  }
+  void run() const { amx_fn ? amx_fn(amx) : fma_fn(fma); }
 };
 
 template <class T>
@@ -77,53 +91,52 @@ using Array = py::array_t<T, py::array::c_style>;
 // kernels that take rows from anywhere. `panels` of b, one below the other, have their columns of
 // out, c_in, residual and bias_n side by side.
 template <class T, class P, class PB>
-Call<T> prepare(const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out, int64_t n,
-                int64_t tiles = 1, int64_t panels = 1, const std::vector<int64_t>& order = {}) {
+void prepare(Call<T>& call, const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out,
+             int64_t n, int64_t tiles = 1, int64_t panels = 1, const std::vector<int64_t>& order = {}) {
   const bool pairs = std::is_same<P, uint32_t>::value, float16_b = std::is_same<PB, uint16_t>::value;
   if ((kernel.dtype == conv1x1::DType::kFloat64) != (sizeof(T) == 8) || (kernel.kr == 2) != pairs ||
       (kernel.b_in_place == conv1x1::DType::kFloat16) != float16_b)
     throw std::invalid_argument("the arrays' dtypes are not the microkernel's");
-  Call<T> call;
   if (tiles < 1 || a.shape(0) % tiles != 0) throw std::invalid_argument("no strip of so many tiles");
   const int64_t first = a.shape(0) / tiles, m = rows ? first : a.shape(1), k = rows ? a.shape(1) : first;
-  if (panels < 1 || (panels > 1 && (kernel.ks == 1 || n != kernel.nr)))
+  if (panels < 1 || (panels > 1 && (!kernel.amx || n != kernel.nr)))
     throw std::invalid_argument("the microkernel computes no panels side by side, or whole ones only");
   if (m < 1 || m > kernel.mr || n < 1 || n > kernel.nr || b.shape(0) != k * panels || b.shape(1) < n ||
       out.shape(0) < m * tiles || out.shape(1) < n * panels || k % (kernel.ks * kernel.parts) != 0 ||
-      (kernel.ks > 1 && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
+      (kernel.amx && b.shape(1) < (n + kernel.vector - 1) / kernel.vector * kernel.vector))
     throw std::invalid_argument("shapes do not fit the microkernel");
-  const int64_t vectors = (n + kernel.vector - 1) / kernel.vector;
-  call.fn = kernel.fn[static_cast<int>(rows ? AccessA::kRows : AccessA::kCols)][m - 1][vectors - 1];
-  if (call.fn == nullptr) throw std::invalid_argument("the microkernel has no such access to A");
   if (!order.empty() &&
-      (!rows || kernel.pitched || kernel.ks > 1 || static_cast<int64_t>(order.size()) != m * tiles ||
+      (!rows || kernel.amx || kernel.fma->pitched || static_cast<int64_t>(order.size()) != m * tiles ||
        *std::max_element(order.begin(), order.end()) >= m * tiles || *std::min_element(order.begin(), order.end()) < 0))
     throw std::invalid_argument("the microkernel takes no rows in this order");
-  if (kernel.ks == 1 || rows)
+  if (!kernel.amx || rows)
     for (int64_t i = 0; order.empty() && i < m; ++i) call.rows.push_back(a.data() + i * (rows ? k : 1));
   for (const int64_t i : order) call.rows.push_back(a.data() + i * k);
-  call.args.k = k;
-  call.args.chain = 64 / kernel.kr * kernel.parts;  // as the library plans it for most layers
-  call.args.piece = call.args.chain * tiles;
+  call.begin(kernel, rows ? AccessA::kRows : AccessA::kCols, m, n);
+  conv1x1::TileArgs& args = *call.args;
+  args.k = k;
+  args.chain = 64 / kernel.kr * kernel.parts;  // as the library plans it for most layers
+  args.m = m;
+  args.n = n;
+  args.tiles = tiles;
+  args.a_rows = call.rows.data();
+  args.a_step = order.empty() ? m * k * static_cast<int64_t>(sizeof(P)) : 0;
+  args.b = b.data();
+  args.ldb = b.shape(1);
+  args.c_out = out.mutable_data();
+  args.ld_out = out.shape(1);
   call.partial.resize(static_cast<size_t>(kernel.mr * kernel.nr * tiles));
-  call.args.m = m;
-  call.args.tiles = tiles;
-  call.args.a_pitch = (rows ? k : 1) * static_cast<int64_t>(sizeof(P));
-  call.args.a_k = rows ? 1 : m;
-  call.args.a_step = order.empty() ? m * k * static_cast<int64_t>(sizeof(P)) : 0;
-  call.args.own_rows = order.empty() ? 0 : m;
-  call.args.panels = panels;
-  call.args.b_step = k * b.shape(1) * static_cast<int64_t>(sizeof(PB));
-  call.args.panel_in = call.args.panel_out = n;
-  call.args.fetch_out = true;
-  call.args.n = n;
-  call.args.a = a.data();
-  call.args.lda = m;
-  call.args.b = b.data();
-  call.args.ldb = b.shape(1);
-  call.args.c_out = out.mutable_data();
-  call.args.ld_out = out.shape(1);
-  return call;
+  call.fma.partial = call.partial.data();
+  call.fma.piece = args.chain * tiles;
+  call.fma.a_pitch = (rows ? k : 1) * static_cast<int64_t>(sizeof(P));
+  call.fma.a_k = rows ? 1 : m;
+  call.fma.rows_per_tile = order.empty() ? 0 : m;
+  call.fma.fetch_out = true;
+  call.amx.a = a.data();
+  call.amx.lda = m;
+  call.amx.panels = panels;
+  call.amx.b_step = k * b.shape(1) * static_cast<int64_t>(sizeof(PB));
+  call.amx.panel_in = call.amx.panel_out = n;
 }
 
 using Splits = std::vector<std::array<int64_t, 3>>;  // lanes, at, then of each vector of columns
@@ -131,11 +144,11 @@ using Splits = std::vector<std::array<int64_t, 3>>;  // lanes, at, then of each 
 // The caller sees to it that they, as residual and out, lie within the arrays.
 template <class T>
 std::vector<conv1x1::Split> split(const Microkernel& kernel, const Splits& splits, Call<T>& call) {
-  if (!splits.empty() && (!kernel.splits || static_cast<int64_t>(splits.size()) * kernel.vector < call.args.n))
+  if (!splits.empty() && (!kernel.splits || static_cast<int64_t>(splits.size()) * kernel.vector < call.args->n))
     throw std::invalid_argument("the microkernel has no splits, or more vectors");
   std::vector<conv1x1::Split> all;
   for (const auto& s : splits) all.push_back({s[0], s[1], s[2]});
-  call.args.splits = all.empty() ? nullptr : all.data();
+  call.args->splits = all.empty() ? nullptr : all.data();
   return all;
 }
 
@@ -143,10 +156,10 @@ std::vector<conv1x1::Split> split(const Microkernel& kernel, const Splits& split
 class Entered {
  public:
   explicit Entered(const Microkernel& kernel) : kernel_(kernel) {
-    if (kernel_.enter) kernel_.enter();
+    if (kernel_.amx) kernel_.amx->enter();
   }
   ~Entered() {
-    if (kernel_.leave) kernel_.leave();
+    if (kernel_.amx) kernel_.amx->leave();
   }
 
  private:
@@ -158,14 +171,14 @@ class Entered {
 template <class T>
 void call_strip(const Microkernel& kernel, Call<T>& call) {
   const Entered entered(kernel);
-  if (!kernel.finish_pending) return call.fn(call.args);
+  if (!kernel.amx) return call.run();
   alignas(64) char pending[conv1x1::kMaxPending] = {};
   const bool half = call.epilogue.store != conv1x1::Store::kAsIs;
   const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), m = call.args.m;
   const auto on = [](const void* from, int64_t bytes) {
     return from ? static_cast<const char*>(from) + bytes : nullptr;
   };
-  conv1x1::TileArgs& args = call.args;
+  conv1x1::AmxTileArgs& args = call.amx;
   args.pending = pending;
   const int64_t first = args.tiles / 2, second = args.tiles - first;
   if (first > 0) {
@@ -202,19 +215,18 @@ void run(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> o
          py::object bias_m, py::object bias_n, py::object residual, double lower, double upper, bool with_epilogue,
          int64_t tiles, int64_t panels, const Splits& splits, const std::vector<int64_t>& order) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n, tiles, panels, order);
+  Call<T> call;
+  prepare<T, P, PB>(call, kernel, rows, a, b, out, n, tiles, panels, order);
   const auto places = split(kernel, splits, call);
-  call.args.a_rows = call.rows.data();
-  call.args.partial = call.partial.data();
-  call.args.c_in = pointer<T>(c_in);
-  call.args.ld_in = columns<T>(c_in);
+  call.args->c_in = pointer<T>(c_in);
+  call.args->ld_in = columns<T>(c_in);
   call.epilogue.bias_m = pointer<T>(bias_m);
   call.epilogue.bias_n = pointer<T>(bias_n);
   call.epilogue.residual = pointer<T>(residual);
   call.epilogue.ld_residual = columns<T>(residual);
   call.epilogue.lower = lower;
   call.epilogue.upper = upper;
-  call.args.epilogue = with_epilogue ? &call.epilogue : nullptr;
+  call.args->epilogue = with_epilogue ? &call.epilogue : nullptr;
   call_strip(kernel, call);
 }
 
@@ -227,9 +239,9 @@ void run_in_place(const std::string& name, bool of_a, Array<S> in_place, Array<u
   const Microkernel& kernel = find(name);
   const int64_t nv = (n + kernel.vector - 1) / kernel.vector, k = in_place.shape(of_a ? 1 : 0);
   const int64_t group = kernel.kr * kernel.ks, pitch = in_place.shape(1) * static_cast<int64_t>(sizeof(S));
-  if (kernel.parts != (sizeof(S) == 4 ? 3 : 2) || m < 1 || m > kernel.mr || n < 1 || n > kernel.nr)
+  if (!kernel.amx || kernel.parts != (sizeof(S) == 4 ? 3 : 2) || m < 1 || m > kernel.mr || n < 1 || n > kernel.nr)
     throw std::invalid_argument("the microkernel has no such parts, or no such tile");
-  conv1x1::TileArgs args;
+  conv1x1::AmxTileArgs args;
   args.k = (k + group - 1) / group * kernel.ks * kernel.parts;
   args.m = m;
   args.n = n;
@@ -260,10 +272,10 @@ void run_in_place(const std::string& name, bool of_a, Array<S> in_place, Array<u
   feed.step = feed.aux_step = m * pitch;
   feed.k = k;
   feed.vectors = fed.data();
-  feed.split = kernel.feed[of_a ? 0 : 1][static_cast<int>(feed.aux ? conv1x1::Mask::kReLU : conv1x1::Mask::kNone)];
+  feed.split = kernel.amx->feed[of_a ? 0 : 1][static_cast<int>(feed.aux ? conv1x1::Mask::kReLU : conv1x1::Mask::kNone)];
   args.feed = &feed;
   const Entered entered(kernel);
-  kernel.fn[static_cast<int>(of_a ? AccessA::kRows : AccessA::kCols)][m - 1][nv - 1](args);
+  kernel.amx->tile(of_a ? AccessA::kRows : AccessA::kCols, m, n)(args);
 }
 
 // Best GFLOP/s of `rounds` rounds of `calls` tiles of n columns of one microkernel, operands in cache.
@@ -271,18 +283,17 @@ template <class T, class P, class PB>
 double time_tile(const std::string& name, bool rows, Array<P> a, Array<PB> b, Array<T> out, int64_t n, int rounds,
                  int calls) {
   const Microkernel& kernel = find(name);
-  Call<T> call = prepare<T, P, PB>(kernel, rows, a, b, out, n);
-  call.args.a_rows = call.rows.data();
-  call.args.partial = call.partial.data();
+  Call<T> call;
+  prepare<T, P, PB>(call, kernel, rows, a, b, out, n);
   py::gil_scoped_release release;  // inside: the arrays' reference counts change outside of it
   const Entered entered(kernel);
   double best = 0;
   for (int r = 0; r < rounds; ++r) {
     const auto begin = std::chrono::steady_clock::now();
-    for (int c = 0; c < calls; ++c) call.fn(call.args);
+    for (int c = 0; c < calls; ++c) call.run();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    const double k = static_cast<double>(call.args.k * kernel.kr / kernel.parts);
-    const double rate = 2.0 * k * static_cast<double>(call.args.m * n) * calls / seconds / 1e9;
+    const double k = static_cast<double>(call.args->k * kernel.kr / kernel.parts);
+    const double rate = 2.0 * k * static_cast<double>(call.args->m * n) * calls / seconds / 1e9;
     if (rate > best) best = rate;
   }
   return best;
@@ -301,11 +312,10 @@ void store_half(const std::string& name, bool rows, Array<uint32_t> a, Array<uin
   const Microkernel& kernel = find(name);
   std::vector<float> whole(static_cast<size_t>(out.shape(0) * out.shape(1)));
   Array<float> shape({out.shape(0), out.shape(1)}, whole.data());
-  Call<float> call = prepare<float, uint32_t, uint32_t>(kernel, rows, a, b, shape, n, tiles, panels);
+  Call<float> call;
+  prepare<float, uint32_t, uint32_t>(call, kernel, rows, a, b, shape, n, tiles, panels);
   const auto places = split(kernel, splits, call);
-  call.args.a_rows = call.rows.data();
-  call.args.partial = call.partial.data();
-  call.args.c_out = out.mutable_data();
+  call.args->c_out = out.mutable_data();
   call.epilogue.residual = pointer<uint16_t>(residual);
   call.epilogue.ld_residual = columns<uint16_t>(residual);
   call.epilogue.bias_m = pointer<float>(bias_m);
@@ -313,7 +323,7 @@ void store_half(const std::string& name, bool rows, Array<uint32_t> a, Array<uin
   call.epilogue.lower = lower;
   call.epilogue.upper = upper;
   call.epilogue.store = kernel.parts == 2 ? conv1x1::Store::kFloat16 : conv1x1::Store::kBFloat16;
-  call.args.epilogue = &call.epilogue;
+  call.args->epilogue = &call.epilogue;
   call_strip(kernel, call);
 }
 

@@ -4,43 +4,30 @@
 //     for ic in m blocks
 //       for pc in k steps         A's block packed, or read in place
 //         for jc in n blocks      B's block packed, or read in place, resident in L2
-//           for ir in m tiles
-//             for jr in n tiles   microkernel over chains of kc, then the epilogue
+//           Family::run_block     tiles: fma_block.h, amx/amx_block.h
 //
-// Nothing here throws or allocates. T: the accumulators' type; an element of a panel is as wide (microkernel.h).
+// Nothing here throws or allocates.
 #pragma once
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 
-#include "columns.h"
 #include "fetch_ahead.h"
+#include "panels.h"
 
 namespace conv1x1 {
 
-template <class T>
-class Worker : private Columns<T> {
+template <class Family>
+class Worker {
+  using T = typename Family::T;
+
  public:
+  // own: the thread's part of the workspace.
   Worker(const GemmProblem& problem, const Plan& plan, const Shared& shared, char* own)
-      : Columns<T>(problem, plan, shared, own) {
-    if (kernel_.finish_pending) std::memset(pending_, 0, kPendingState);
-    accumulators_ = reinterpret_cast<T*>(own + plan.block_a + plan.block_b);
-    tile_ = kernel_.mr * kernel_.nr;
-    carried_ = plan.k_step < plan.slice;
-    partial_ = accumulators_ + plan.kept() * tile_;
-    staged_ = partial_ + plan.partials_kept * tile_;
-    residual_ = staged_ + plan.staged * tile_;
-    streams_ = plan.streams && !transcendental_;
-    if (half_out_) half_store_ = p_.out_dtype == DType::kBFloat16 ? Store::kBFloat16 : Store::kFloat16;
-    constexpr double inf = std::numeric_limits<double>::infinity();
-    epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
-    epilogue_.upper = p_.activation == Activation::kReLU6 ? 6 : inf;
-    // What of a pooled output ReLU and ReLU6 hold back: what would be zero or six after rounding to a half type.
-    if (p_.dtype == DType::kFloat16) mask_low_ = 0x1p-25;
-    if (p_.activation == Activation::kReLU6)
-      mask_high_ = p_.dtype == DType::kFloat16 ? 6 - 0x1p-9 : (p_.dtype == DType::kBFloat16 ? 6 - 0x1p-6 : 6);
-  }
+      : task_(problem, plan, shared),
+        p_(problem),
+        plan_(plan),
+        panels_(task_, own),
+        family_(task_, panels_, reinterpret_cast<T*>(own + plan.block_a + plan.block_b)) {}
 
   void compute(int part) {
     const Range n = tiles(plan_.n, plan_.part_n, part % plan_.part_n, p_.pool && p_.pool_along_n);
@@ -52,7 +39,7 @@ class Worker : private Columns<T> {
     part /= plan_.part_m;
     const Range s = share(plan_.slices, plan_.part_k, part % plan_.part_k);
     const Range g = share(p_.groups, plan_.part_g, part / plan_.part_k);
-    if (kernel_.enter) kernel_.enter();
+    family_.enter();
     end_m_ = m.end;
     const bool turns = plan_.groups_take_turns;
     const int64_t turn = turns && !p_.split_k ? plan_.block_m : std::max<int64_t>(m.end - m.begin, 1);
@@ -60,76 +47,21 @@ class Worker : private Columns<T> {
     for (int64_t i = m.begin; i == m.begin || i < m.end; i += turn)
       for (int64_t o = outer.begin; o < outer.end; ++o)
         for (int64_t j = inner.begin; j < inner.end; ++j) {
-          group_ = turns ? j : o;
-          slice_ = turns ? o : j;
+          task_.group = turns ? j : o;
+          task_.slice = turns ? o : j;
           rectangle(next(i, turn, m.end), n);
         }
-    if (kernel_.leave) kernel_.leave();
+    family_.leave();
   }
 
-  // Joins the k-slices of rows [begin, end) of groups * m, in the slices' order.
-  void join_slices(int part, int parts) {
-    const Range rows = share(p_.groups * p_.m, parts, part);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      T* sum = slice_sum(0, row);
-      for (int64_t s = 1; s < plan_.slices; ++s) {
-        const T* next = slice_sum(s, row);
-        for (int64_t j = 0; j < p_.n; ++j) sum[j] += next[j];
-      }
-      const int64_t group = row / p_.m, i = row % p_.m;
-      if (p_.d.aux) {
-        for (int64_t j = 0; j < p_.n; j += kernel_.nr) {
-          const int64_t width = p_.n - j < kernel_.nr ? p_.n - j : kernel_.nr;
-          gather_residual(group, i, 1, j, width);
-          for (int64_t c = 0; c < width; ++c) sum[j + c] += residual_[c];
-        }
-      }
-      kernel_.unpack[out_storage_](out_element(p_.d.data, group * p_.d.group_stride), p_.d.row, i, 1, p_.d.col, 0, p_.n,
-                                   sum, p_.n);
-    }
-  }
-
-  void write_row_sums() {
-    const int64_t rows = p_.groups * (p_.exchanged ? p_.n : p_.m);
-    for (int64_t row = 0; row < rows; ++row) {
-      double sum = 0;
-      for (int64_t s = 0; s < plan_.slices; ++s) sum += shared_.sums[s * rows + row];
-      Axis one;
-      one.size[0] = one.count = 1;
-      void* to = out_element(p_.row_sums.data, row * p_.row_sums.stride);
-      T value = static_cast<T>(sum);
-      if (p_.row_sums_accumulate) {
-        T before;
-        kernel_.gather[out_storage_](&before, 1, to, nullptr, one, 0, 1, one, 0, 1, Mask::kNone);
-        value += before;
-      }
-      kernel_.unpack[out_storage_](to, one, 0, 1, one, 0, 1, &value, 1);
-    }
-  }
+  void join_slices(int part, int parts) { family_.output().join_slices(part, parts); }
+  void write_row_sums() { family_.output().write_row_sums(); }
 
  private:
-  using Base = Columns<T>;
-  using Base::add_column_sums;
-  using Base::element, Base::packed_a, Base::packed_b, Base::ld_packed_a, Base::pack_block_a, Base::pack_block_b;
-  using Base::exact_, Base::p_, Base::plan_, Base::kernel_, Base::shared_, Base::group_, Base::slice_, Base::first_a_,
-      Base::first_b_, Base::columns_, Base::prepare_columns, Base::all_unit_, Base::whole_out_, Base::half_out_,
-      Base::transcendental_, Base::out_storage_;
-  using Base::fed_, Base::feed, Base::feed_, Base::pack_fed;
-  using Base::finish_packing, Base::next_a_, Base::pack_ahead;
-  using typename Base::Column;
-
-  void* out_element(void* base, int64_t offset) const {
-    return static_cast<char*>(base) + offset * dtype_size(p_.out_dtype);
-  }
-
   static Range tiles(const Tiling& t, int parts, int part, bool whole_segments) {
     if (!whole_segments) return share(t.count(), parts, part);
     const Range r = share(t.segments, parts, part);
     return {r.begin * t.per_segment, r.end * t.per_segment};
-  }
-
-  T* slice_sum(int64_t slice, int64_t row) const {
-    return reinterpret_cast<T*>(shared_.partials) + (slice * p_.groups * p_.m + row) * p_.n;
   }
 
   static Range next(int64_t begin, int64_t step, int64_t end) {
@@ -137,26 +69,30 @@ class Worker : private Columns<T> {
   }
 
   void rectangle(const Range& m, const Range& n) {
-    const int64_t begin = slice_ * plan_.slice, end = begin + plan_.slice < p_.k ? begin + plan_.slice : p_.k;
+    const bool carried = plan_.k_step < plan_.slice;
+    const int64_t begin = task_.slice * plan_.slice;
+    const int64_t end = begin + plan_.slice < p_.k ? begin + plan_.slice : p_.k;
     for (int64_t jo = n.begin; jo == n.begin || jo < n.end; jo += plan_.reach_n) {  // once for n = 0: row sums alone
       reach_ = next(jo, plan_.reach_n, n.end);
       const bool one_block = reach_.end - reach_.begin <= plan_.block_n;
       for (int64_t ic = m.begin; ic < m.end; ic += plan_.block_m) {
         const Range is = next(ic, plan_.block_m, m.end);
-        first_a_ = is.begin;
+        panels_.begin_a(is.begin);
         int64_t k0 = begin;
         do {  // once for k = 0: the epilogue of an empty sum
           const int64_t nk = k0 + plan_.k_step < end ? plan_.k_step : end - k0;
           const bool sums_rows = sums_here_ && !p_.exchanged && jo == n.begin;
-          if (plan_.a == Operand::kPackBlock)
-            pack_block_a(plan_.packs_ahead ? next(is.begin, 1, is.end) : is, k0, nk, sums_rows);
+          if (plan_.a.by_block())
+            panels_.pack_block_a(plan_.packs_ahead() ? next(is.begin, 1, is.end) : is, k0, nk, [&](int64_t i) {
+              if (sums_rows) add_row_sums(i, k0, nk);
+            });
           for (int64_t jc = reach_.begin; jc < reach_.end; jc += plan_.block_n) {
             const Range js = next(jc, plan_.block_n, reach_.end);
-            first_b_ = js.begin;
-            if (plan_.b == Operand::kPackBlock && (carried_ || ic == m.begin || !one_block)) pack_block_b(js, k0, nk);
+            panels_.begin_b(js.begin);
+            if (plan_.b.by_block() && (carried || ic == m.begin || !one_block)) panels_.pack_block_b(js, k0, nk);
             if (sums_here_ && p_.exchanged && ic == m.begin) add_column_sums(js, k0, nk);
             look_ahead(is, next(ic + plan_.block_m, plan_.block_m, end_m_), js, k0, nk, begin, end);
-            block(is, js, k0, nk, k0 == begin, k0 + nk == end);
+            family_.run_block({is, js, k0, nk, k0 == begin, k0 + nk == end, js.begin - reach_.begin}, ahead_);
           }
           k0 += plan_.k_step;
         } while (k0 < end);
@@ -164,15 +100,37 @@ class Worker : private Columns<T> {
     }
   }
 
+  // Adds the sums of a packed tile's rows to this slice's.
+  void add_row_sums(int64_t i, int64_t k0, int64_t nk) {
+    double* sums = task_.shared.sums + (task_.slice * p_.groups + task_.group) * p_.m;
+    const Tiling::Tile t = plan_.m[i];
+    double here[kMaxMr] = {};
+    task_.kernel.sum_rows(here, panels_.packed_a(task_.group, i), panels_.ld_packed_a(t), t.size, plan_.steps(nk),
+                          plan_.a_access);
+    family_.repair_sums(here, true, t, k0, nk);
+    for (int64_t r = 0; r < t.size; ++r) sums[t.start + r] += here[r];
+  }
+
+  void add_column_sums(const Range& js, int64_t k0, int64_t nk) {
+    double* sums = task_.shared.sums + (task_.slice * p_.groups + task_.group) * p_.n;
+    for (int64_t j = js.begin; j < js.end; ++j) {
+      const Tiling::Tile t = plan_.n[j];
+      double here[kMaxNr] = {};
+      task_.kernel.sum_columns(here, panels_.packed_b(task_.group, j), t.padded_size, t.size, plan_.steps(nk));
+      family_.repair_sums(here, false, t, k0, nk);
+      for (int64_t c = 0; c < t.size; ++c) sums[t.start + c] += here[c];
+    }
+  }
+
   void fetch_a(const Range& is, int64_t k0, int64_t nk, bool near = false) {
     if (p_.a_is_weight || is.begin >= is.end) return;
     const int64_t begin = plan_.m[is.begin].start, end = plan_.m[is.end - 1].start + plan_.m[is.end - 1].size;
-    ahead_.add(p_.a, group_, dtype_size(p_.dtype), p_.a.row, begin, end - begin, p_.a.col, k0, nk, near);
+    ahead_.add(p_.a, task_.group, dtype_size(p_.dtype), p_.a.row, begin, end - begin, p_.a.col, k0, nk, near);
   }
   void fetch_b(const Range& js, int64_t k0, int64_t nk) {
     if (p_.b_is_weight || js.begin >= js.end) return;
     const int64_t begin = plan_.n[js.begin].start, end = plan_.n[js.end - 1].start + plan_.n[js.end - 1].size;
-    ahead_.add(p_.b, group_, dtype_size(p_.dtype), p_.b.col, begin, end - begin, p_.b.row, k0, nk, false);
+    ahead_.add(p_.b, task_.group, dtype_size(p_.dtype), p_.b.col, begin, end - begin, p_.b.row, k0, nk, false);
   }
 
   // What will be read from memory after block (is, js, k0): rows of A that its own tiles read in place, and the blocks
@@ -180,9 +138,8 @@ class Worker : private Columns<T> {
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
     ahead_.clear();
-    if (kernel_.ks > 1 && (p_.split_k || plan_.a != Operand::kPackBlock || plan_.b == Operand::kDirect))
-      return;  // see next_rows
-    const bool a_rows = plan_.a == Operand::kDirect && plan_.a_access == AccessA::kRows;
+    if (!Family::fetches_blocks(p_, plan_)) return;
+    const bool a_rows = plan_.a.in_place() && plan_.a_access == AccessA::kRows;
     if (a_rows && plan_.fetches_rows) fetch_a({is.begin + plan_.strip + 1, is.end}, k0, nk, plan_.partials_kept == 1);
     if (js.end < reach_.end) return fetch_b(next(js.end, plan_.block_n, reach_.end), k0, nk);
     if (k0 + nk < end) {
@@ -193,304 +150,15 @@ class Worker : private Columns<T> {
     fetch_a(next_is, begin, end - begin < plan_.k_step ? end - begin : plan_.k_step);
   }
 
-  // The A of a row of tiles from k0 on: args.a_rows or args.a, and lda.
-  void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
-    const bool direct = plan_.a == Operand::kDirect;
-    const int64_t step = plan_.a == Operand::kPackOnce ? plan_.steps(k0) : 0;
-    args.lda = direct ? p_.a.col.inner_stride() : ld_packed_a(t);
-    if (direct && plan_.a_access == AccessA::kRows) {
-      args.a_pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
-      place_rows(t.start, t.size, k0, rows);
-    } else if (plan_.a_access == AccessA::kRows) {
-      const T* a = packed_a(group_, i) + step;
-      args.a_pitch = args.lda * static_cast<int64_t>(sizeof(T));
-      for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
-    } else {
-      // An element in place is as wide as one of a panel: what is read along m is read as it is.
-      args.a = direct ? element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start)
-                      : packed_a(group_, i) + step * args.lda;
-      args.a_pitch = sizeof(T);
-      args.a_k = args.lda;
-      for (int64_t r = 0; r < t.size && kernel_.ks == 1; ++r) rows[r] = static_cast<const T*>(args.a) + r;
-    }
-    args.a_rows = rows;
-  }
-
-  // Rows of A in place, from k0 on.
-  void place_rows(int64_t first, int64_t count, int64_t k0, const void** rows) const {
-    const int64_t from = group_ * p_.a.group_stride + k0, size = dtype_size(p_.dtype);
-    for (int64_t r = 0; r < count;) {
-      const Run run = run_at(p_.a.row, first + r, count - r);
-      const char* row = static_cast<const char*>(element(p_.a.data, from + run.offset));
-      for (int64_t end = r + run.length; r < end; ++r, row += run.stride * size) rows[r] = row;
-    }
-  }
-
-  // How many tiles from row of tiles i on, before `end`, one call can compute: alike, in D one run of rows, in A a
-  // constant distance apart or, where kernels take them so, with rows of their own.
-  int64_t strip_from(int64_t i, int64_t end, int64_t k0, const void** rows, TileArgs& args) const {
-    const Tiling::Tile t = plan_.m[i];
-    const bool own_rows = plan_.a == Operand::kDirect && !p_.a.row.linear();
-    int64_t most = end - i < plan_.strip ? end - i : plan_.strip;
-    if (own_rows) {  // not in pieces of k: slower so
-      const bool one = kernel_.pitched || kernel_.ks > 1 || plan_.partials_kept > 1;
-      most = one ? 1 : std::min(most, kMaxStripRows / t.size);
-    }
-    const int64_t count = plan_.m.alike(i, most);
-    if (count == 1 || run_at(p_.d.row, t.start, t.size * count).length < t.size * count) return 1;
-    if (own_rows) {
-      args.own_rows = t.size;
-      place_rows(t.start, t.size * count, k0, rows);
-    } else if (plan_.a == Operand::kDirect) {
-      args.a_step = t.size * p_.a.row.stride[0] * dtype_size(p_.dtype);
-    } else {
-      args.a_step = (packed_a(group_, i + 1) - packed_a(group_, i)) * static_cast<int64_t>(sizeof(T));
-    }
-    return count;
-  }
-
-  // With AMX: what the next rows of tiles will read of A and be stored to, in the order in which it lies in memory.
-  // Each of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that
-  // are packed, by look_ahead), because products take so few cycles that memory would hold them up.
-  struct NextRows {
-    Fetch a, c;                  // of all its rows
-    int64_t rows = 0, each = 0;  // for each call
-  };
-
-  NextRows next_rows(const Range& is, int64_t i, int64_t strip, const Range& js, int64_t nk,
-                     const void* const* rows) const {
-    NextRows next;
-    if (kernel_.ks == 1 || i + strip >= is.end) return next;
-    const int64_t strips = is.end - i - strip < strip ? is.end - i - strip : strip;
-    const int64_t size_m = plan_.m[i].size, m = size_m * strip, calls = js.end - js.begin;
-    next.rows = size_m * strips;
-    next.each = (next.rows + calls - 1) / calls;
-    if (plan_.a == Operand::kDirect && !p_.a_is_weight && kernel_.parts == 1) {
-      const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
-      next.a = {static_cast<const char*>(rows[0]) + m * pitch, next.rows, pitch, nk * dtype_size(p_.dtype)};
-    }
-    // Rows of D that are one stretch of memory.
-    const Column &first = columns_[0], &last = columns_[calls - 1];
-    if (!all_unit_ || !p_.d.row.linear() || streams_) return next;
-    const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
-    if (p_.d.row.stride[0] != width) return next;
-    const void* out = out_element(p_.d.data, group_ * p_.d.group_stride + (plan_.m[i].start + m) * width + first.out);
-    next.c = {static_cast<const char*>(out), next.rows, width * size, width * size};
-    return next;
-  }
-
-  static void fetch_share(const NextRows& next, int64_t call, TileArgs& args) {
-    const int64_t from = call * next.each, left = next.rows - from, each = next.each * args.panels;
-    const int64_t count = left < each ? left : each;
-    const auto part = [&](const Fetch& all) {
-      return all.rows == 0 || count <= 0 ? Fetch() : Fetch{all.first + from * all.pitch, count, all.pitch, all.width};
-    };
-    args.next_a = part(next.a);
-    args.next_c = part(next.c);
-  }
-
-  // TileArgs::repair, of a tile in parts.
-  struct Repairer {
-    Worker* worker;
-    ExactSums::Sums of;  // of the call's first tile
-    const Column* first;
-    int64_t a_step;
-  };
-  static void repair_tile(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite) {
-    const Repairer& r = *static_cast<const Repairer*>(repairer);
-    ExactSums::Sums of = r.of;
-    const Column& c = r.first[panel];
-    of.tj = c.tile;
-    of.b = c.b;
-    of.ti.start += tile * of.ti.size;
-    of.a = static_cast<const char*>(of.a) + tile * r.a_step;
-    r.worker->pack_fed(of);
-    r.worker->exact_.repair(sums, ld, finite, of);
-  }
-
-  void block(const Range& is, const Range& js, int64_t k0, int64_t nk, bool first, bool last) {
-    const void* rows[kMaxStripRows];
-    prepare_columns(js, k0, last);
-    int64_t tiles_left = (is.end - is.begin) * (js.end - js.begin);
-    for (int64_t i = is.begin, strip = 0; i < is.end; i += strip) {
-      const Tiling::Tile ti = plan_.m[i];
-      TileArgs args;
-      args.k = plan_.steps(nk);
-      args.m = ti.size;
-      args.chain = plan_.steps(plan_.kc);
-      args.piece = plan_.piece;
-      args.partial = partial_;
-      if (kernel_.finish_pending) args.pending = pending_;
-      prepare_row(i, ti, k0, rows, args);
-      const TileFn* fns = kernel_.fn[static_cast<int>(plan_.a_access)][ti.size - 1];
-      strip = first && last && all_unit_ ? strip_from(i, is.end, k0, rows, args) : 1;
-      const Run row = p_.pool ? Run() : run_at(p_.d.row, ti.start, ti.size * strip);
-      const bool rows_of_tiles =
-          kernel_.ks > 1 && !transcendental_ && (!last || plan_.slices > 1 || p_.pool || row.length == ti.size * strip);
-      const int64_t most = p_.pool && last ? plan_.staged : kMaxBlockN;
-      const NextRows next = next_rows(is, i, strip, js, nk, rows);
-      const bool packs = plan_.packs_ahead && i + 1 < is.end;
-      if (packs) pack_ahead(i + 1, k0, nk, js.end - js.begin);
-      args.pack = packs ? &next_a_ : nullptr;
-      args.feed = feed(ti, args.a_step, k0, nk);
-      for (int64_t j = 0; j < js.end - js.begin; j += args.panels) {
-        const Column& c = columns_[j];
-        args.panels = rows_of_tiles ? std::min(c.alike, most) : 1;
-        args.b_step = args.panels > 1 ? c.b_step : 0;
-        T* sum = carried_ ? accumulators_ + ((i - is.begin) * plan_.reach_n + js.begin - reach_.begin + j) * tile_
-                          : partial_;
-        const TileFn fn = fns[c.tile.padded_size / kernel_.vector - 1];
-        args.b = c.b;
-        args.ldb = c.ldb;
-        feed_.vectors = fed_[j];
-        args.n = c.tile.size;
-        if (kernel_.parts > 1) {
-          Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting
-          r = {this, {group_, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}, &c, args.a_step};
-          args.mirrored = p_.b_is_weight;
-          args.repair = repair_tile;
-          args.repairer = &r;
-        }
-        args.tiles = strip;
-        ahead_.share(tiles_left, args);
-        tiles_left -= strip * args.panels;
-        if (next.rows > 0) fetch_share(next, j, args);
-        args.c_in = first ? nullptr : sum;
-        args.ld_in = kernel_.nr;
-        args.panel_in = tile_;
-        args.panel_out = last && !p_.pool ? kernel_.nr : tile_;
-        if (last) {
-          finish(fn, args, ti, row, c);
-        } else {
-          args.c_out = sum;
-          args.ld_out = kernel_.nr;
-          fn(args);
-        }
-      }
-      if (packs) finish_packing();
-    }
-    if (kernel_.finish_pending) kernel_.finish_pending(pending_);
-  }
-
-  // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
-  // one that waits for its line holds up all that follow.
-  void prefetch_out(const void* out, int64_t ld, int64_t rows, int64_t cols) const {
-    const int64_t size = dtype_size(p_.out_dtype), bytes = cols * size;
-    for (int64_t i = 0; i < rows; ++i) {
-      const char* row = static_cast<const char*>(out) + i * ld * size;
-      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + j, 1);
-      __builtin_prefetch(row + bytes - 1, 1);
-    }
-  }
-
-  void prefetch_split(const void* out, int64_t ld, int64_t rows, const Split& s) const {
-    const int64_t size = dtype_size(p_.out_dtype), last = s.then + kernel_.vector - 1;
-    for (int64_t i = 0; i < rows; ++i) {
-      const char* row = static_cast<const char*>(out) + i * ld * size;
-      __builtin_prefetch(row + s.at * size, 1);
-      __builtin_prefetch(row + last * size, 1);
-    }
-  }
-
-  void gather_residual(int64_t group, int64_t r0, int64_t nr, int64_t c0, int64_t nc) {
-    kernel_.gather[out_storage_](residual_, kernel_.nr, out_element(p_.d.aux, group * p_.d.aux_group_stride), nullptr,
-                                 aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
-  }
-
-  // The end of a tile: sum of a k-slice, or epilogue and the way out. `args` is filled in where it lies: a copy would
-  // read, in wider pieces, what was only just written, and so wait until all of the tile before has left the core.
-  void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Run& row, const Column& c) {
-    const Tiling::Tile& tj = c.tile;
-    if (plan_.slices > 1) {
-      args.c_out = slice_sum(slice_, group_ * p_.m + ti.start) + tj.start;
-      args.ld_out = p_.n;
-      fn(args);
-      return;
-    }
-    Epilogue& e = epilogues_[turn_ ^= 1];  // the one before may still be waited for
-    e = epilogue_;
-    if (p_.bias.data) {
-      const T* bias = reinterpret_cast<const T*>(shared_.bias);
-      if (p_.bias_along_m)
-        e.bias_m = bias + group_ * p_.m + ti.start;
-      else
-        e.bias_n = bias + group_ * p_.n + tj.start;
-    }
-    args.epilogue = &e;
-    const Matrix& d = p_.d;
-    void* out = staged_;
-    int64_t ld = kernel_.nr;
-    const bool one_run = row.length == ti.size * args.tiles, aux_in_place = d.aux && one_run && c.aux_unit;
-    // What is stored as half is added to a residual as half.
-    const bool direct = !p_.pool && one_run && c.out_unit && ((whole_out_ && !c.split) || !d.aux || aux_in_place);
-    args.splits = direct && c.split ? c.splits : nullptr;
-    args.fetch_out = false;
-    if (direct) {
-      out = out_element(d.data, group_ * d.group_stride + row.offset + c.out);
-      ld = row.stride;
-      e.store = half_store_;
-      const int64_t size = dtype_size(p_.out_dtype);
-      const bool whole_lines = ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(ld * size)) & 63) == 0 &&
-                               tj.size * size % 64 == 0;
-      e.stream = streams_ && whole_lines && !c.split;
-      args.fetch_out = !e.stream;
-      const bool fetches = !e.stream && args.next_c.rows == 0;
-      if (fetches && c.split)
-        for (int64_t j = 0; j < tj.padded_size / kernel_.vector; ++j) prefetch_split(out, ld, ti.size, c.splits[j]);
-      else if (fetches)
-        prefetch_out(out, ld, ti.size, tj.size * args.panels);
-    }
-    if (aux_in_place && ((whole_out_ && !c.split) || direct)) {
-      e.residual = out_element(d.aux, group_ * d.aux_group_stride + row.aux_offset + c.aux);
-      e.ld_residual = row.aux_stride;
-    } else if (d.aux) {
-      gather_residual(group_, ti.start, ti.size, tj.start, tj.size);
-      e.residual = residual_;
-      e.ld_residual = kernel_.nr;
-    }
-    args.c_out = out;
-    args.ld_out = ld;
-    fn(args);
-    if (kernel_.finish_pending && (transcendental_ || !direct || e.residual == residual_))
-      kernel_.finish_pending(pending_);
-    if (transcendental_) kernel_.activate(out, ld, ti.size * args.tiles, tj.size, p_.activation);
-    if (p_.pool)
-      for (int64_t i = 0; i < args.panels; ++i) pool(staged_ + i * tile_, ti, (&c)[i].tile);
-    else if (!direct)
-      kernel_.unpack[out_storage_](out_element(d.data, group_ * d.group_stride), d.row, ti.start, ti.size, d.col,
-                                   tj.start, tj.size, out, ld);
-  }
-
-  // Adds a finished tile's pixels to the sums of the images that they belong to.
-  void pool(const T* out, const Tiling::Tile& ti, const Tiling::Tile& tj) {
-    const bool columns = p_.pool_along_n;
-    const int64_t channels = p_.groups * (columns ? p_.m : p_.n), pixels = columns ? p_.n_segment : p_.m_segment;
-    const Tiling::Tile &at = columns ? tj : ti, &of = columns ? ti : tj;
-    if (p_.pool_mask)
-      kernel_.put_bits(p_.pool_mask, (group_ * p_.m + ti.start) * p_.n + tj.start, p_.n, out, kernel_.nr, ti.size,
-                       tj.size, mask_low_, mask_high_);
-    double* sums = p_.pool + group_ * (columns ? p_.m : p_.n) + of.start;
-    for (int64_t i = 0; i < at.size;) {
-      const int64_t image = (at.start + i) / pixels, left = (image + 1) * pixels - at.start;
-      const int64_t end = left < at.size ? left : at.size;
-      kernel_.pool(sums + image * channels, out + i * (columns ? 1 : kernel_.nr), kernel_.nr, end - i, of.size,
-                   columns);
-      i = end;
-    }
-  }
-
-  Epilogue epilogue_, epilogues_[2];
-  int turn_ = 0, repairer_ = 0;
-  Repairer repairers_[2];
-  alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
-  T *accumulators_, *partial_, *staged_, *residual_;
+  Task task_;
+  const GemmProblem& p_;
+  const Plan& plan_;
+  Panels<T> panels_;
+  Family family_;
+  FetchAhead ahead_;
   Range reach_{0, 0};
   int64_t end_m_ = 0;  // of all that this part computes
-  FetchAhead ahead_;
-  int64_t tile_;
-  Store half_store_ = Store::kAsIs;
-  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
-  bool carried_, streams_, sums_here_ = false;
+  bool sums_here_ = false;
 };
 
 }  // namespace conv1x1

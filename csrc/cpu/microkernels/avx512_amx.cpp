@@ -15,7 +15,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../plan.h"
+#include "../amx/amx_kernel.h"
 
 #if defined(__clang__)  // its assembler takes only what the function's target has
 CONV1X1_TARGET_BEGIN("amx-tile,amx-bf16,avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")
@@ -57,7 +57,19 @@ struct AmxFloat32 : Avx512Float32 {
   }
 };
 
-Microkernel make_tiled(const char* name, int parts) {
+template <int PARTS>
+AmxKernel make_amx() {
+  AmxKernel amx{};
+  fill_tiled<AmxFloat32, PARTS, AccessA::kRows>(amx);
+  fill_tiled<AmxFloat32, PARTS, AccessA::kCols>(amx);
+  amx.products = kProducts<PARTS>;
+  amx.enter = configure_tiles;
+  amx.leave = release_tiles;
+  amx.finish_pending = finish_pending<AmxFloat32>;
+  return amx;
+}
+
+Microkernel make_tiled(const char* name, int parts, const AmxKernel& amx) {
   Microkernel kernel{};
   kernel.name = name;
   kernel.isa = "avx512_amx";
@@ -65,25 +77,31 @@ Microkernel make_tiled(const char* name, int parts) {
   kernel.operand = kernel.b_in_place = DType::kBFloat16;
   kernel.kr = 2;
   kernel.parts = parts;
-  kernel.products = parts == 3 ? kProducts<3> : parts * parts;
   kernel.mr = kTiledMr;
   kernel.nr = kTiledNr;
   kernel.vector = kernel.ks = kernel.m_unit = kTile;
   kernel.stores_half = true;
   kernel.splits = true;
+  kernel.amx = &amx;
   kernel.activate = activate_tile<float>;
-  kernel.enter = configure_tiles;
-  kernel.leave = release_tiles;
-  kernel.finish_pending = finish_pending<AmxFloat32>;
+  return kernel;
+}
+
+// Of a dtype that is the sum of several bfloat16.
+template <int PARTS, class S>
+Microkernel make_in_parts(const char* name, DType storage) {
+  static AmxKernel amx = make_amx<PARTS>();
+  Microkernel kernel = make_tiled(name, PARTS, amx);
+  fill_parts<PARTS, S>(kernel, amx, storage);
+  fill_feeds<PARTS, S>(amx);
   return kernel;
 }
 
 }  // namespace
 
 Microkernel make_avx512_amx_bfloat16() {
-  Microkernel kernel = make_tiled("bfloat16_32x32_avx512_amx", 1);
-  fill_tiled<AmxFloat32, 1, AccessA::kRows>(kernel);
-  fill_tiled<AmxFloat32, 1, AccessA::kCols>(kernel);
+  static const AmxKernel amx = make_amx<1>();
+  Microkernel kernel = make_tiled("bfloat16_32x32_avx512_amx", 1, amx);
   fill_pairs(kernel);
   const int storage = static_cast<int>(DType::kBFloat16);
   kernel.pack_a[static_cast<int>(AccessA::kCols)][storage] = pack_tiled_a;
@@ -92,22 +110,8 @@ Microkernel make_avx512_amx_bfloat16() {
   kernel.sum_rows = sum_tiled_rows;
   return kernel;
 }
-Microkernel make_avx512_amx_float32() {
-  Microkernel kernel = make_tiled("float32_32x32_avx512_amx", 3);
-  fill_tiled<AmxFloat32, 3, AccessA::kRows>(kernel);
-  fill_tiled<AmxFloat32, 3, AccessA::kCols>(kernel);
-  fill_parts<3, float>(kernel, DType::kFloat32);
-  fill_feeds<3, float>(kernel);
-  return kernel;
-}
-Microkernel make_avx512_amx_float16() {
-  Microkernel kernel = make_tiled("float16_32x32_avx512_amx", 2);
-  fill_tiled<AmxFloat32, 2, AccessA::kRows>(kernel);
-  fill_tiled<AmxFloat32, 2, AccessA::kCols>(kernel);
-  fill_parts<2, Float16>(kernel, DType::kFloat16);
-  fill_feeds<2, Float16>(kernel);
-  return kernel;
-}
+Microkernel make_avx512_amx_float32() { return make_in_parts<3, float>("float32_32x32_avx512_amx", DType::kFloat32); }
+Microkernel make_avx512_amx_float16() { return make_in_parts<2, Float16>("float16_32x32_avx512_amx", DType::kFloat16); }
 
 }  // namespace conv1x1
 CONV1X1_TARGET_END

@@ -6,7 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#include "plan.h"
+#include "../plan.h"
+#include "amx_kernel.h"
 
 namespace conv1x1 {
 
@@ -121,7 +122,8 @@ class ExactSums {
   }
 
   bool has_small(Known& known, const void* panel, int64_t ld, int64_t steps) const {
-    if (known.small == Known::kUnknown) known.small = kernel_.has_small(panel, ld, steps) ? Known::kYes : Known::kNo;
+    if (known.small == Known::kUnknown)
+      known.small = kernel_.amx->has_small(panel, ld, steps) ? Known::kYes : Known::kNo;
     return known.small == Known::kYes;
   }
 
