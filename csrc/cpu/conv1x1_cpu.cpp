@@ -6,10 +6,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "../binding.h"
-#include "../strides.h"
-#include "avg_pool.h"
-#include "plan_facts.h"
+#include "../api/binding.h"
+#include "../api/strides.h"
+#include "plan/plan_facts.h"
+#include "run/avg_pool.h"
 
 namespace conv1x1 {
 namespace {
