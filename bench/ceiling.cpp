@@ -127,7 +127,7 @@ bool has_avx2() {
 }
 bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {  // as csrc/cpu/dispatch.cpp asks
+bool has_amx() {  // as csrc/cpu/kernels/dispatch.cpp asks
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0, saved = 0, high = 0;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (1u << 22 | 1u << 24))) return false;

@@ -1,10 +1,10 @@
 """Every microkernel by itself, operands in cache: GFLOP/s and % of the multiply-add ceiling of its own kind.
 
 ``python -m bench.microkernel``. One thread runs whole tiles of a microkernel over and over
-(csrc/cpu/table_pybind.cpp, ``time``), with either access to A, for several k. Each round takes a sample of every
-microkernel and of each ceiling (same instruction set and dtype, registers only) in turn. Operands in several parts
-count as the multiply-adds that they stand for, and so does their ceiling. Each tile is checked once against float64
-before it is timed.
+(csrc/cpu/kernels/table_pybind.cpp, ``time``), with either access to A, for several k. Each round takes a sample of
+every microkernel and of each ceiling (same instruction set and dtype, registers only) in turn. Operands in several
+parts count as the multiply-adds that they stand for, and so does their ceiling. Each tile is checked once against
+float64 before it is timed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.object_cache import ROOT, Unit, build
 
-MODULE, BINDING = "conv1x1_table", "cpu/table_pybind.cpp"
+MODULE, BINDING = "conv1x1_table", "cpu/kernels/table_pybind.cpp"
 
 
 @functools.cache
@@ -67,14 +67,14 @@ def load(path: Path) -> ModuleType:
 
 @functools.cache
 def load_table() -> ModuleType:
-    """The table's module: ``list()``, ``run(...)``, ``time(...)``, ``activate(...)``; see csrc/cpu/table_pybind.cpp."""
+    """The table's module: ``list()``, ``run(...)``, ``time(...)``, ``activate(...)``; see table_pybind.cpp."""
     return load(table_library("table", table_units()))
 
 
 def in_parts(x: Any, parts: int) -> Any:
     """(k, n) as (groups of 32 k, parts, 16, n) pairs of bfloat16, k and k + 16: their sum over the parts is x.
 
-    As the library makes panels for kernels of several parts (csrc/cpu/microkernels/parts.inc), zeros behind k.
+    As the library makes panels for kernels of several parts (csrc/cpu/kernels/amx/parts.h), zeros behind k.
     """
     import numpy as np
 

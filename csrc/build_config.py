@@ -17,28 +17,29 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 
 # -ffp-contract=off: products and sums fuse only where a kernel says so, so that every tail of a kernel gives the same
-# bits. No -march: instruction sets are chosen at run time (cpu/microkernels/isa.h).
+# bits. No -march: instruction sets are chosen at run time (cpu/kernels/common/isa.h).
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden"]
 CXX_FLAGS += ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 
 # Torch-free: what the microkernel table is built from. The files that take longest to compile come first.
-KERNELS = ("avx512", "avx512_amx", "avx512_bf16", "avx2", "portable", "avx512_float64")
-KERNEL_SOURCES = [*(f"cpu/microkernels/{name}.cpp" for name in KERNELS), "cpu/dispatch.cpp"]
+KERNELS = ("fma/avx512", "amx/avx512_amx", "fma/avx512_bf16", "fma/avx2", "fma/portable", "fma/avx512_float64")
+KERNEL_SOURCES = [*(f"cpu/kernels/{name}.cpp" for name in KERNELS), "cpu/kernels/dispatch.cpp"]
 LIBRARY_SOURCES = [
     *KERNEL_SOURCES,
-    "ops.cpp",
-    "checks.cpp",
-    "strides.cpp",
-    "lower.cpp",
-    "binding.cpp",
+    "api/ops.cpp",
+    "api/checks.cpp",
+    "api/strides.cpp",
+    "problem/lower.cpp",
+    "api/binding.cpp",
     "cpu/conv1x1_cpu.cpp",
-    "cpu/avg_pool.cpp",
-    "cpu/plan.cpp",
-    "cpu/partition.cpp",
-    "cpu/roles.cpp",
-    "cpu/explain.cpp",
-    "cpu/driver.cpp",
+    "cpu/run/avg_pool.cpp",
+    "cpu/plan/operands.cpp",
+    "cpu/plan/plan.cpp",
+    "cpu/plan/partition.cpp",
+    "cpu/plan/roles.cpp",
+    "cpu/plan/explain.cpp",
+    "cpu/run/driver.cpp",
 ]
 NO_CUDA_SOURCES = ["cuda/no_cuda.cpp"]
 CUDA_SOURCES = [
@@ -51,12 +52,13 @@ CUDA_SOURCES = [
 ]
 TABLE_SOURCES = [
     *KERNEL_SOURCES,
-    "cpu/table_pybind.cpp",
-    "lower.cpp",
-    "cpu/plan.cpp",
-    "cpu/partition.cpp",
-    "cpu/roles.cpp",
-    "cpu/driver.cpp",
+    "cpu/kernels/table_pybind.cpp",
+    "problem/lower.cpp",
+    "cpu/plan/operands.cpp",
+    "cpu/plan/plan.cpp",
+    "cpu/plan/partition.cpp",
+    "cpu/plan/roles.cpp",
+    "cpu/run/driver.cpp",
 ]
 
 # The stable ABI of torch 2.10: one library for 2.10 and later, and no Python symbol, so for any Python.

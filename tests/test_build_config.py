@@ -185,4 +185,4 @@ def test_every_source_is_listed_once():
     assert len(set(sources)) == len(sources)
     files = (path for path in build_config.CSRC.rglob("*.c*") if path.suffix in (".cpp", ".cu"))
     there = {path.relative_to(build_config.CSRC).as_posix() for path in files}
-    assert there == {*sources, "cpu/table_pybind.cpp"}
+    assert there == {*sources, "cpu/kernels/table_pybind.cpp"}

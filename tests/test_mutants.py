@@ -85,7 +85,7 @@ def test_one_unit_alone_includes_the_fault(tree):
         ("csrc/inner.inc", "one", "one", None, "the new text is the old one"),
         ("csrc/none.inc", "one", "two", None, "there is no csrc/none.inc"),
         ("csrc/inner.inc", "one", "two", "guarded.cpp", "does not include"),
-        ("csrc/guarded.h", "three", "four", "guarded.cpp", "included once"),
+        ("csrc/guarded.h", "three", "four", "none.cpp", "does not include"),
     ],
 )
 def test_a_stale_one_is_named_and_changes_nothing(tree, file, old, new, unit, message):

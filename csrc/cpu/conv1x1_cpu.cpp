@@ -6,10 +6,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "../binding.h"
-#include "../strides.h"
-#include "avg_pool.h"
-#include "plan.h"
+#include "../api/binding.h"
+#include "../api/strides.h"
+#include "plan/plan_facts.h"
+#include "run/avg_pool.h"
 
 namespace conv1x1 {
 namespace {
@@ -49,7 +49,7 @@ class CpuBackend final : public Backend {
 
   int64_t panel_layout(const GemmProblem& g) const override {
     int64_t hash = 1469598103934665603;  // FNV-1a of the microkernel's name
-    for (const char* c = kernels().for_problem(g).name; *c; ++c)
+    for (const char* c = choose_kernel(g, kernels()).name; *c; ++c)
       hash = static_cast<int64_t>((static_cast<uint64_t>(hash) ^ static_cast<uint64_t>(*c)) * 1099511628211u);
     return hash;
   }

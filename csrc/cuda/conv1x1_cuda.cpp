@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../binding.h"
-#include "../strides.h"
+#include "../api/binding.h"
+#include "../api/strides.h"
 #include "heuristics.h"
 #include "launch.h"
 

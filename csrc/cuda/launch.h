@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../gemm.h"
+#include "../problem/gemm.h"
 
 namespace conv1x1::cuda {
 

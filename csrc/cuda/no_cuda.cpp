@@ -1,5 +1,5 @@
 // The CUDA side of a library that was built without CUDA: every operator says so, instead of torch's list of backends.
-#include "../binding.h"
+#include "../api/binding.h"
 
 namespace conv1x1 {
 namespace {

@@ -2,11 +2,11 @@
 
 from .mutant import mutant
 
-CHECKS = "csrc/checks.cpp"
-STRIDES = "csrc/strides.cpp"
-LOWER = "csrc/lower.cpp"
-BINDING = "csrc/binding.cpp"
-OPS = "csrc/ops.cpp"
+CHECKS = "csrc/api/checks.cpp"
+STRIDES = "csrc/api/strides.cpp"
+LOWER = "csrc/problem/lower.cpp"
+BINDING = "csrc/api/binding.cpp"
+OPS = "csrc/api/ops.cpp"
 CPU = "csrc/cpu/conv1x1_cpu.cpp"
 
 MUTANTS = [
@@ -213,7 +213,7 @@ MUTANTS = [
         "test_avg_pool.py::test_grad_output_of_any_strides",
     ),
     mutant(
-        "config-of-any-activation", "csrc/tensor_checks.h",
+        "config-of-any-activation", "csrc/api/tensor_checks.h",
         "config <= 0 || (config & 7) >= kActivationCount", "config <= 0",
         "test_errors.py::test_private_operators_refuse_a_foreign_config",
     ),

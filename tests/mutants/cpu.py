@@ -2,15 +2,17 @@
 
 from .mutant import mutant
 
-PLAN = "csrc/cpu/plan.cpp"
-ROLES = "csrc/cpu/roles.cpp"
-PARTITION = "csrc/cpu/partition.cpp"
-DRIVER = "csrc/cpu/driver.cpp"
-WORKER = "csrc/cpu/worker.h"
-PANELS = "csrc/cpu/panels.h"
-COLUMNS = "csrc/cpu/columns.h"
-EXACT = "csrc/cpu/exact.h"
-POOL = "csrc/cpu/avg_pool.cpp"
+PLAN = "csrc/cpu/plan/plan.cpp"
+OPERANDS = "csrc/cpu/plan/operands.cpp"
+ROLES = "csrc/cpu/plan/roles.cpp"
+PARTITION = "csrc/cpu/plan/partition.cpp"
+DRIVER = "csrc/cpu/run/driver.cpp"
+WORKER = "csrc/cpu/run/worker.h"
+FMA, OUTPUT = "csrc/cpu/run/fma_block.h", "csrc/cpu/run/output.h"
+PANELS = "csrc/cpu/run/panels.h"
+COLUMNS = "csrc/cpu/run/columns.h"
+EXACT = "csrc/cpu/run/exact.h"
+POOL = "csrc/cpu/run/avg_pool.cpp"
 
 MUTANTS = [
     # ---- plan.cpp: what is read in place, chains, blocks
@@ -20,22 +22,22 @@ MUTANTS = [
         "test_fprop.py::test_pixel_tails",
     ),
     mutant(
-        "masked-b-read-in-place", PLAN,
+        "masked-b-read-in-place", OPERANDS,
         "kernel.kr == 1 && !p.b.aux && !p.exchanged", "kernel.kr == 1 && !p.exchanged",
         "test_dgrad.py::test_activations -k relu",
     ),
     mutant(
-        "masked-a-read-in-place", PLAN,
-        "p.dtype == kernel.operand && !p.a.aux && !sums_rows", "p.dtype == kernel.operand && !sums_rows",
+        "masked-a-read-in-place", OPERANDS,
+        "p.dtype == kernel.operand && !p.a.aux && !sums_rows;", "p.dtype == kernel.operand && !sums_rows;",
         "test_dgrad.py::test_activations -k relu",
     ),
     mutant(
-        "summed-a-read-in-place", PLAN,
-        "!p.a.aux && !sums_rows && (a_rows || a_cols)", "!p.a.aux && (a_rows || a_cols)",
+        "summed-a-read-in-place", OPERANDS,
+        "!p.a.aux && !sums_rows;", "!p.a.aux;",
         "test_wgrad.py::test_shapes",
     ),
     mutant(
-        "b-of-several-runs-read-in-place", PLAN,
+        "b-of-several-runs-read-in-place", OPERANDS,
         "(col.linear() || col.inner_size() % p.n_segment == 0);", "true;",
         "test_fprop.py::test_layouts",
     ),
@@ -62,7 +64,7 @@ MUTANTS = [
         "test_fprop.py -k 'test_shapes or test_layouts'",
     ),
     mutant(
-        "pooled-images-that-do-not-divide", PLAN,
+        "pooled-images-that-do-not-divide", OPERANDS,
         "    if (batch % images != 0) continue;\n", "",
         "test_avg_pool.py -k 'batch or test_forward or keeps'",
         "test_determinism.py::test_avg_pool_any_thread_count_and_batch",
@@ -99,7 +101,7 @@ MUTANTS = [
     # ---- driver.cpp
     mutant(
         "no-barrier-after-packing", DRIVER,
-        "pack_once(id, plan.threads);\n      barrier();", "pack_once(id, plan.threads);",
+        "pack_whole(id, plan.threads);\n      barrier();", "pack_whole(id, plan.threads);",
         "test_determinism.py::test_what_threads_share",
     ),
     mutant(
@@ -129,71 +131,72 @@ MUTANTS = [
         "test_determinism.py::test_what_threads_share",
     ),
     mutant(
-        "second-slice-left-out", WORKER,
+        "second-slice-left-out", OUTPUT,
         "for (int64_t s = 1; s < plan_.slices; ++s) {", "for (int64_t s = 2; s < plan_.slices; ++s) {",
         "test_determinism.py::test_k_slices_of_the_weight_gradient",
         "test_wgrad.py::test_long_sums_stay_accurate",
     ),
     mutant(
-        "slices-joined-without-what-was-there", WORKER,
+        "slices-joined-without-what-was-there", OUTPUT,
         "for (int64_t c = 0; c < width; ++c) sum[j + c] += residual_[c];", "",
         "test_avg_pool.py::test_backward_in_pieces",
     ),
     mutant(
-        "bias-gradient-replaces-what-was-there", WORKER,
+        "bias-gradient-replaces-what-was-there", OUTPUT,
         "        value += before;\n", "",
         "test_avg_pool.py::test_backward_in_pieces",
     ),
     mutant(
-        "rows-in-place-one-element-apart", WORKER,
+        "rows-in-place-one-element-apart", FMA,
         "r < end; ++r, row += run.stride * size) rows[r] = row;", "r < end; ++r, row += size) rows[r] = row;",
         "test_fprop.py::test_shapes",
     ),
     mutant(
-        "strip-across-rows-of-d", WORKER,
+        "strip-across-rows-of-d", FMA,
         "if (count == 1 || run_at(p_.d.row, t.start, t.size * count).length < t.size * count) return 1;",
         "if (count == 1) return 1;",
         "test_dgrad.py -k 'test_shapes or not_read'",
         "test_avg_pool.py::test_forward",
     ),
     mutant(
-        "strip-one-row-further", WORKER,
+        "strip-one-row-further", FMA,
         "args.a_step = t.size * p_.a.row.stride[0] * dtype_size(p_.dtype);",
         "args.a_step = (t.size + 1) * p_.a.row.stride[0] * dtype_size(p_.dtype);",
         "test_fprop.py::test_shapes",
     ),
     mutant(
-        "pieces-of-k-begin-anew", WORKER,
-        "args.c_in = first ? nullptr : sum;", "args.c_in = nullptr;",
+        "pieces-of-k-begin-anew", FMA,
+        "args.c_in = block.first ? nullptr : sum;", "args.c_in = nullptr;",
         "test_wgrad.py::test_long_sums_stay_accurate",
     ),
     mutant(
-        "bias-of-the-first-group", WORKER,
-        "e.bias_m = bias + group_ * p_.m + ti.start;", "e.bias_m = bias + ti.start;",
+        "bias-of-the-first-group", OUTPUT,
+        "e.bias_m = bias + task_.group * p_.m + ti.start;", "e.bias_m = bias + ti.start;",
         "test_fprop.py::test_shapes",
     ),
     mutant(
-        "bias-of-the-first-columns", WORKER,
-        "e.bias_n = bias + group_ * p_.n + tj.start;", "e.bias_n = bias + group_ * p_.n;",
+        "bias-of-the-first-columns", OUTPUT,
+        "e.bias_n = bias + task_.group * p_.n + tj.start;", "e.bias_n = bias + task_.group * p_.n;",
         "test_fprop.py::test_shapes",
     ),
     mutant(
-        "streamed-where-lines-are-not-whole", WORKER,
+        "streamed-where-lines-are-not-whole", OUTPUT,
         "e.stream = streams_ && whole_lines && !c.split;", "e.stream = streams_ && !c.split;",
         "test_fprop.py::test_results_stored_past_the_caches -k '131 and channels_last'",
     ),
     mutant(
-        "residual-read-where-d-lies", WORKER,
-        "group_ * d.aux_group_stride + row.aux_offset + c.aux);", "group_ * d.aux_group_stride + row.offset + c.out);",
+        "residual-read-where-d-lies", OUTPUT,
+        "task_.group * d.aux_group_stride + row.aux_offset + c.aux);",
+        "task_.group * d.aux_group_stride + row.offset + c.out);",
         "test_fprop.py::test_epilogue",
     ),
     mutant(
-        "pooled-tile-belongs-to-its-first-image", WORKER,
+        "pooled-tile-belongs-to-its-first-image", OUTPUT,
         "const int64_t image = (at.start + i) / pixels,", "const int64_t image = at.start / pixels,",
         "test_avg_pool.py::test_forward",
     ),
     mutant(
-        "pool-mask-of-unrounded-sixes", WORKER,
+        "pool-mask-of-unrounded-sixes", OUTPUT,
         "p_.dtype == DType::kFloat16 ? 6 - 0x1p-9 :", "p_.dtype == DType::kFloat16 ? 6 :",
         "test_avg_pool.py -k 'keeps or holds'",
     ),
@@ -204,13 +207,13 @@ MUTANTS = [
         "test_determinism.py::test_what_threads_share",
     ),
     mutant(
-        "row-sums-of-the-first-group", PANELS,
-        "double* sums = shared_.sums + (slice_ * p_.groups + group_) * p_.m;",
-        "double* sums = shared_.sums + slice_ * p_.groups * p_.m;",
+        "row-sums-of-the-first-group", WORKER,
+        "double* sums = task_.shared.sums + (task_.slice * p_.groups + task_.group) * p_.m;",
+        "double* sums = task_.shared.sums + task_.slice * p_.groups * p_.m;",
         "test_wgrad.py::test_shapes",
     ),
     mutant(
-        "column-sums-of-the-first-columns", PANELS,
+        "column-sums-of-the-first-columns", WORKER,
         "sums[t.start + c] += here[c];", "sums[c] += here[c];",
         "test_wgrad.py::test_dz_as_the_vector_operand",
     ),
@@ -304,7 +307,7 @@ MUTANTS = [
     ),
     # ---- dispatch.cpp
     mutant(
-        "empty-isa-is-a-name", "csrc/cpu/dispatch.cpp",
+        "empty-isa-is-a-name", "csrc/cpu/kernels/dispatch.cpp",
         r"""if (wanted == nullptr || *wanted == '\0') {""", "if (wanted == nullptr) {",
         "test_isa.py::test_default_is_the_best_one",
     ),

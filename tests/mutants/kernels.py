@@ -2,15 +2,15 @@
 
 from .mutant import mutant
 
-PACKING = "csrc/cpu/microkernels/packing.inc"
-CONVERT = "csrc/cpu/microkernels/convert.inc"
-ACTIVATIONS = "csrc/cpu/microkernels/activations.inc"
-SUMS = "csrc/cpu/microkernels/sums.inc"
-AVX2 = {"unit": "cpu/microkernels/avx2.cpp", "isa": "avx2"}
-SCALAR = {"unit": "cpu/microkernels/portable.cpp", "isa": "scalar"}
+PACKING = "csrc/cpu/kernels/common/packing.h"
+CONVERT = "csrc/cpu/kernels/common/convert.h"
+ACTIVATIONS = "csrc/cpu/kernels/common/activations.h"
+SUMS = "csrc/cpu/kernels/common/sums.h"
+AVX2 = {"unit": "cpu/kernels/fma/avx2.cpp", "isa": "avx2"}
+SCALAR = {"unit": "cpu/kernels/fma/portable.cpp", "isa": "scalar"}
 
 MUTANTS = [
-    # ---- packing.inc
+    # ---- packing.h
     mutant(
         "transpose-drops-the-last-row", PACKING,
         "for (; r < nr; ++r) {\n      const char* s", "for (; r + 1 < nr; ++r) {\n      const char* s",
@@ -105,7 +105,7 @@ MUTANTS = [
         "test_avg_pool.py -k keeps",
         **AVX2,
     ),
-    # ---- convert.inc
+    # ---- convert.h
     mutant(
         "lines-cut-to-whole-pieces", CONVERT,
         "if (n > PIECE) return f(n - PIECE, lanes);", "if (n > PIECE) return;",
@@ -167,7 +167,7 @@ MUTANTS = [
         "test_edges.py::test_halves_are_rounded_to_nearest_even",
         **SCALAR,
     ),
-    # ---- activations.inc
+    # ---- activations.h
     mutant(
         "silu-of-the-other-sign", ACTIVATIONS,
         "(T(1) + exp_of(-row[j]))", "(T(1) + exp_of(row[j]))",
@@ -206,7 +206,7 @@ MUTANTS = [
         "test_fprop.py::test_epilogue -k gelu",
         **AVX2,
     ),
-    # ---- sums.inc
+    # ---- sums.h
     mutant(
         "row-sums-without-their-tail", SUMS,
         "  if (all > whole) {\n", "  if (all < whole) {\n",

@@ -2,9 +2,10 @@
 
 from .mutant import mutant
 
-FOLDER = "csrc/cpu/microkernels/"
-AMX, FETCH, TILE, PLAIN = (FOLDER + name for name in ("amx.inc", "amx_fetch.inc", "amx_tile.inc", "amx_plain.inc"))
-PARTS, FEED = FOLDER + "parts.inc", FOLDER + "feed.inc"
+FOLDER = "csrc/cpu/kernels/amx/"
+AMX, FETCH, TILE, PLAIN = (FOLDER + name for name in ("instructions.h", "fetch.h", "tile.h", "plain.h"))
+PENDING = FOLDER + "pending.h"
+PARTS, FEED = FOLDER + "parts.h", FOLDER + "on_the_fly.h"
 AMX_ISA = {"isa": "avx512_amx"}
 
 MUTANTS = [
@@ -89,26 +90,26 @@ MUTANTS = [
         **AMX_ISA,
     ),
     mutant(
-        "amx-bias-after-the-clamp", TILE,
+        "amx-bias-after-the-clamp", PENDING,
         "    if constexpr (BIAS >= 0) c[j] = V::add(c[j], bias[j]);\n    c[j] = V::max(bounds.lower, c[j]);\n",
         "    c[j] = V::max(bounds.lower, c[j]);\n    if constexpr (BIAS >= 0) c[j] = V::add(c[j], bias[j]);\n",
         "test_fprop.py::test_whole_tiles_beside_partial_ones -k bfloat16",
         **AMX_ISA,
     ),
     mutant(
-        "amx-last-chain-not-joined", TILE,
-        "if (p.joins) join_chain<V>(whole, p.chain, p.m);", "",
+        "amx-last-chain-not-joined", PENDING,
+        "if (p.has_chain) join_chain<V>(whole, p.chain, p.m);", "",
         "test_parts.py::test_float32_is_no_less_accurate_than_twice_stock",
         **AMX_ISA,
     ),
     mutant(
-        "amx-waiting-rows-of-the-first-tile", TILE,
+        "amx-waiting-rows-of-the-first-tile", PENDING,
         "static_cast<const float*>(e.bias_m) + row : nullptr", "static_cast<const float*>(e.bias_m) : nullptr",
         "test_fprop.py -k 'bfloat16 and (test_shapes or whole_tiles)'",
         **AMX_ISA,
     ),
     mutant(
-        "amx-overflow-not-repaired", TILE,
+        "amx-overflow-not-repaired", PENDING,
         "const bool finite = _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(0x7f800000)) == 0;",
         "const bool finite = true;",
         "test_parts.py -k 'special_values or overflow'",

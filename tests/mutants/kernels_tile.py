@@ -2,14 +2,14 @@
 
 from .mutant import mutant
 
-FOLDER = "csrc/cpu/microkernels/"
-TILE, EPILOGUE, PAIRS = (FOLDER + name for name in ("tile.inc", "tile_epilogue.inc", "pairs.inc"))
-AVX2 = {"unit": "cpu/microkernels/avx2.cpp", "isa": "avx2"}
-AVX512 = {"unit": "cpu/microkernels/avx512.cpp", "isa": "avx512"}
-BF16 = {"unit": "cpu/microkernels/avx512_bf16.cpp", "isa": "avx512_bf16"}
+FOLDER = "csrc/cpu/kernels/fma/"
+TILE, EPILOGUE, PAIRS = (FOLDER + name for name in ("tile.h", "tile_epilogue.h", "../common/pairs.h"))
+AVX2 = {"unit": "cpu/kernels/fma/avx2.cpp", "isa": "avx2"}
+AVX512 = {"unit": "cpu/kernels/fma/avx512.cpp", "isa": "avx512"}
+BF16 = {"unit": "cpu/kernels/fma/avx512_bf16.cpp", "isa": "avx512_bf16"}
 
 MUTANTS = [
-    # ---- tile.inc: the mainloop
+    # ---- tile.h: the mainloop
     mutant(
         "tile-reads-whole-vectors-of-b", TILE,
         "bv[NV - 1] = V::load_op(columns + (NV - 1) * W, tail);", "bv[NV - 1] = V::load_op(columns + (NV - 1) * W);",
@@ -67,7 +67,7 @@ MUTANTS = [
         "test_fprop.py -k 'test_shapes or test_channel_tails'",
         **AVX512,
     ),
-    # ---- tile.inc: the common epilogue
+    # ---- tile.h: the common epilogue
     mutant(
         "tile-bias-of-the-strips-first-rows", TILE,
         "V::set1(bias[done * M + i])", "V::set1(bias[i])",
@@ -105,7 +105,7 @@ MUTANTS = [
         "test_fprop.py::test_shapes",
         **BF16,
     ),
-    # ---- tile_epilogue.inc
+    # ---- tile_epilogue.h
     mutant(
         "residual-taken-for-none", EPILOGUE,
         "return !e.residual && !t.splits && (e.store", "return !t.splits && (e.store",
@@ -157,7 +157,7 @@ MUTANTS = [
         "test_fprop.py::test_shapes",
         **AVX512,
     ),
-    # ---- avx2.cpp, pairs.inc
+    # ---- avx2.cpp, pairs.h
     mutant(
         "avx2-mask-of-one-lane-more", FOLDER + "avx2.cpp",
         "(kLanes32 + 8 - lanes)", "(kLanes32 + 7 - lanes)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,20 +102,11 @@ def closure(source: Path, csrc: Path) -> list[Path]:
     return sorted(seen)
 
 
-def _chain(source: Path, target: Path, csrc: Path) -> list[tuple[str, Path]] | None:
-    """Includes that lead from a source to a header, in order."""
-    for name, path in included(source, csrc):
-        rest = [] if path == target else _chain(path, target, csrc)
-        if rest is not None:
-            return [(name, path), *rest]
-    return None
-
-
 def plant(root: Path, mutant: Mutant) -> dict[Path, str | None]:
     """Writes the fault into the tree at `root`.
 
-    With a `unit`, the header stays as it is: that source alone includes a copy of it, under another name, with the
-    fault, so that nothing else is compiled again.
+    With a `unit`, the header stays as it is: that source alone is compiled from a copy of it and of all that it
+    includes, in a folder of its own, so that nothing else is compiled again.
 
     Returns:
         what to put back: texts by file, None for a file that was not there.
@@ -129,23 +121,17 @@ def plant(root: Path, mutant: Mutant) -> dict[Path, str | None]:
     if mutant.unit is None:
         written = {path: fault}
     else:
-        unit = root / "csrc" / mutant.unit
-        chain = _chain(unit, path.resolve(), root / "csrc") if unit.is_file() else None
-        if chain is None:
+        csrc = root / "csrc"
+        unit = csrc / mutant.unit
+        files = closure(unit, csrc) if unit.is_file() else []
+        if path.resolve() not in files or path.resolve() == unit.resolve():
             raise Stale(f"{mutant.name}: csrc/{mutant.unit} does not include {mutant.file}")
-        written, text = {}, fault
-        for i in reversed(range(len(chain))):
-            name, header = chain[i]
-            if "#pragma once" in header.read_text():
-                raise Stale(f"{mutant.name}: {header.name} is included once, so that a copy of it would clash")
-            renamed = header.with_name(f"{header.stem}_mutant{header.suffix}")
-            written[renamed] = text
-            outer = chain[i - 1][1] if i > 0 else unit
-            new_name = name.replace(header.name, renamed.name)
-            text = once_replaced(outer.read_text(), f'"{name}"', f'"{new_name}"', mutant.name)
-        written[unit] = text
+        copies = {file: root / "csrc_mutant" / file.relative_to(csrc.resolve()) for file in files}
+        written = {copy: fault if file == path.resolve() else file.read_text() for file, copy in copies.items()}
+        written[unit] = f'#include "{os.path.relpath(copies[unit.resolve()], unit.resolve().parent)}"\n'
     before = {file: file.read_text() if file.is_file() else None for file in written}
     for file, text in written.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return before
 

@@ -1,0 +1,14 @@
+// Lines of elements from one type to another, by an instruction where the instruction set has one that compilers do not
+// find in a loop: overloads of convert.h's load_line and store_line.
+#pragma once
+
+#include "convert.h"
+
+#if defined(CONV1X1_HAS_AVX512)
+#include "avx512_float32.h"
+#elif defined(CONV1X1_HAS_F16C)
+#include "f16c_line.h"
+#endif
+#if defined(CONV1X1_HAS_AVX512_BF16)
+#include "bfloat16_line.h"
+#endif

@@ -1,0 +1,206 @@
+// The contract of a microkernel and of the packed panels. Torch-free; no intrinsics here.
+//
+// A microkernel computes one tile, acc(i, j) = sum_k A(i, k) * B(k, j), i < m <= MR, j < n <= NR, in chains of `chain`
+// steps: a single accumulator per output, k ascending, one multiply-add a step; then the sum so far (kept in `partial`)
+// + the chain's. That is all that decides a result's bits, so tiles of any shape agree.
+//
+//   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]      one function: a_rows[i][k * a_k]
+//          k=0  a00 a10 a20 .. a(MR-1)0             a_rows[0] -> a00 a01 a02 a03 ..      (k contiguous)
+//          k=1  a01 a11 a21 ..                      a_rows[1] -> a10 a11 a12 a13 ..
+//
+//   B(k, j) = b[k * ldb + j]                 C(i, j) = c[i * ld + j]
+//          k=0  b00 b01 b02 .. b0(NR-1)             a packed panel is this with ldb = the tile's whole vectors,
+//          k=1  b10 b11 b12 ..                      columns past n filled with zeros
+//
+// A step is KR consecutive k, and what stands above for one element of A or B is KR of them, lowest k first: with KR =
+// 2
+//
+//   step 0  (b00 b10) (b01 b11) (b02 b12) ..    and an odd last k is followed by zero, in A and in B. `k`, `chain`, lda
+//   step 1  (b20 b30) (b21 b31) ..              and ldb count such elements; of rows in memory they are what is there.
+//
+// Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
+// Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
+//
+// AMX's kernels have a contract of their own: amx/amx_kernel.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "../../problem/gemm.h"
+
+namespace conv1x1 {
+
+constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64;
+constexpr int kFetchedTogether = 4;  // lines in a step of a tile
+
+enum class AccessA : int { kRows = 0, kCols = 1 };
+
+// The dtype of C and of the residual under an epilogue: the accumulators', or a half type where `stores_half`.
+enum class Store : int { kAsIs, kBFloat16, kFloat16 };
+
+// min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
+struct Epilogue {
+  const void* bias_m = nullptr;  // one per row of the tile
+  const void* bias_n = nullptr;  // one per column
+  const void* residual = nullptr;
+  int64_t ld_residual = 0;
+  double lower = 0, upper = 0;
+  Store store = Store::kAsIs;
+  bool stream = false;  // past the caches, for a C whose rows are whole aligned lines of 64 bytes; the driver fences
+};
+
+// Where a vector of columns lies in C and in the residual: its first `lanes` from element `at` of a row on, lane l of
+// those after at `then` + l. Tiles that span images in NCHW.
+struct Split {
+  int64_t lanes, at, then;
+};
+
+// Rows of lines to fetch into L2, `pitch` bytes apart, `width` bytes each.
+struct Fetch {
+  const char* first = nullptr;
+  int64_t rows = 0, pitch = 0, width = 0;
+};
+
+// What a call of a tile fetches on the way, for blocks that come later: every `every` steps (a power of two) of each of
+// its tiles the next kFetchedTogether rows, until none are left; where `near`, a line of each into L1.
+struct FetchShare {
+  Fetch lines;
+  int64_t every = 1;
+  bool near = false;
+};
+
+// What every family's tiles are told.
+struct TileArgs {
+  int64_t k = 0, m = 0, n = 0, chain = 0;
+  // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
+  // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null.
+  int64_t tiles = 1, a_step = 0;
+  const void* const* a_rows = nullptr;
+  const void* b = nullptr;
+  int64_t ldb = 0;
+  const void* c_in = nullptr;
+  int64_t ld_in = 0;
+  void* c_out = nullptr;
+  int64_t ld_out = 0;
+  const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other
+  const Epilogue* epilogue = nullptr;
+  FetchShare fetch;
+};
+
+// The multiply-add kernels': one function for kRows and kCols.
+struct FmaTileArgs : TileArgs {
+  int64_t a_k = 1;      // elements from step to step of a row
+  int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
+  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows in turn; else 0.
+  int64_t rows_per_tile = 0;
+  // Whole chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from
+  // L1.
+  int64_t piece = INT64_MAX;
+  // MR * NR elements, for each tile of a strip where k > piece; may be c_in. Not read before it is written, unused
+  // where k <= chain.
+  void* partial = nullptr;
+  bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
+};
+using FmaTileFn = void (*)(const FmaTileArgs&);
+
+// Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
+// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR; in
+// those of A with KS > 1, the groups of KS steps are k-major and the steps in them r-major.
+using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
+                        int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
+// The same for several k-major panels side by side, a row of the source (one k) at a time: a segment is where `length`
+// of its elements, next to each other, go. Step 0 goes to dst, step s to dst + s * ld; `zeros` follow.
+struct Segment {
+  void* dst;
+  int64_t ld, offset, aux_offset, length, zeros;
+};
+using PackRowsFn = void (*)(const Segment* segments, int count, const void* src, const void* aux, const Axis& axis_k,
+                            int64_t k0, int64_t nk, Mask mask);
+// dst(row r0 + i, col c0 + j) = tile[i * ld + j], converting.
+using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, const Axis& col, int64_t c0, int64_t nc,
+                          const void* tile, int64_t ld);
+// sums[r] += the sum of row r of a panel of A, `rows` <= MR rows by `steps`.
+using SumRowsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t steps, AccessA access);
+// sums[j] += the sum of column j of a panel of B, steps by `columns`.
+using SumColumnsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t columns, int64_t steps);
+// sums[channel] += a tile's pixels, one after the other: no cut of the pixels into tiles shows in the result. Pixels
+// are the tile's columns or, if not, its rows.
+using PoolFn = void (*)(double* sums, const void* tile, int64_t ld, int64_t pixels, int64_t channels, bool columns);
+// Bits of a finished tile, set where it is neither <= low nor >= high: row i's begin at bit `at` + i * pitch. And back:
+// z[j] = grads[j] * scale (or grads[0] * scale) where bit `at` + j is set, else zero.
+using PutBitsFn = void (*)(uint8_t* bits, int64_t at, int64_t pitch, const void* tile, int64_t ld, int64_t m, int64_t n,
+                           double low, double high);
+using TakeBitsFn = void (*)(void* z, const uint8_t* bits, int64_t at, int64_t n, const void* grads, bool one_grad,
+                            double scale);
+// In place on a tile: SiLU, Hardswish, GELU.
+using ActivateFn = void (*)(void* tile, int64_t ld, int64_t m, int64_t n, Activation activation);
+
+struct AmxKernel;  // amx/amx_kernel.h
+
+struct Microkernel;
+
+// What the multiply-add family alone has.
+struct FmaKernel {
+  FmaTileFn fn[kMaxMr][kMaxNv] = {};  // [m - 1][vectors - 1]
+  bool pitched = false;               // rows of A by their first one and a_pitch
+};
+
+struct Microkernel {
+  const char* name;
+  const char* isa;
+  DType dtype;       // of the accumulators, and of C: float32 or float64
+  DType operand;     // of A and B, in panels and in place
+  DType b_in_place;  // what B is instead where it is read in place, converted as it is loaded
+  int kr, mr, nr, vector;
+  int parts;  // of an operand, whose sum it is: a panel holds each group of KS steps once for every part
+  bool stores_half;
+  bool splits;  // stores columns by TileArgs::splits
+  int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
+  int m_unit;   // tiles of m begin at multiples of it
+  // The family: one of the two, the other null.
+  const FmaKernel* fma;
+  const AmxKernel* amx;
+  // Indexed by the dtype in memory; null where the pair makes no sense.
+  PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
+  PackFn pack_b[4];     // k-major
+  PackRowsFn pack_rows[4];
+  PackFn gather[4];  // r-major, to the accumulators' dtype: bias, residual
+  UnpackFn unpack[4];
+  SumRowsFn sum_rows;
+  SumColumnsFn sum_columns;
+  PoolFn pool;
+  PutBitsFn put_bits;
+  TakeBitsFn take_bits;
+  ActivateFn activate;
+  // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
+  // rows; `tall`: two vectors and more rows. Those two are pitched, and not for wgrad, whose panels' sums they do not
+  // know.
+  const Microkernel *wide, *narrow, *tall;
+  const Microkernel* float16_b;  // the same for a B in place in float16; null: none
+};
+
+// dispatch.cpp
+struct KernelSet {
+  const char* isa;
+  const Microkernel* float32;  // of float16 as well, which is converted as it is packed
+  const Microkernel* float64;
+  const Microkernel* bfloat16;                 // float32's where the instruction set multiplies no bfloat16
+  const Microkernel* float32_parts = nullptr;  // for layers of enough channels; null: none
+  const Microkernel* float16_parts = nullptr;
+  const Microkernel& for_dtype(DType t) const {
+    return t == DType::kFloat64 ? *float64 : (t == DType::kBFloat16 ? *bfloat16 : *float32);
+  }
+};
+
+struct KernelTable {
+  const Microkernel* const* kernels;
+  size_t count;
+};
+KernelTable all_microkernels();              // whatever this library was built with, best last
+bool isa_supported(const std::string& isa);  // by this CPU and operating system
+// The set that CONV1X1_ISA asks for, or the best one this CPU runs; null, and why, where it cannot be had.
+const KernelSet* selected_kernels(std::string* error);
+
+}  // namespace conv1x1

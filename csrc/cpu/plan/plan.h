@@ -1,0 +1,141 @@
+// How the CPU runs a GemmProblem.
+//
+//   plan.cpp          GemmProblem -> Plan (a pure function)     driver.cpp  GemmProblem + Plan -> threads and phases
+//   operands.cpp      kernel, tiles, where operands come from   worker.h    a thread's loop nest around blocks
+//   partition.cpp     what each thread computes                 fma_block.h, amx/amx_block.h   the loops in a block
+//   roles.cpp         which operand is A                        panels.h    packed operands
+//   explain.cpp       a plan in words                           columns.h, output.h   a block's columns of D; the way
+//   out microkernel.h     what runs in a tile                       fetch_ahead.h   what the next block reads
+#pragma once
+
+#include <string>
+
+#include "../../problem/gemm.h"
+#include "../kernels/microkernel.h"
+
+namespace conv1x1 {
+
+// Where a tile's operand comes from.
+enum class Source : int {
+  kInPlace,               // as it lies in memory
+  kConvertedOnLoad,       // likewise, converted to the kernel's dtype in every tile that reads it
+  kSplitBetweenProducts,  // likewise, of a kernel in parts: a group of k at a time, while the one before is multiplied
+  kPackedOnce,            // in panels, all of it before the first tile
+  kPackedByBlock,         // in panels, a block at a time, by every thread that reads it
+  kPackedAhead,           // A's rows of tiles, each between the products of the one before
+  kFromCaller,            // in panels that the caller made before
+};
+
+// With the reason, in words: explain() prints it.
+struct OperandPlan {
+  Source source = Source::kInPlace;
+  const char* reason = "";
+  bool in_place() const { return source <= Source::kSplitBetweenProducts; }
+  bool by_block() const { return source == Source::kPackedByBlock || source == Source::kPackedAhead; }
+  bool whole() const { return source == Source::kPackedOnce || source == Source::kFromCaller; }  // panels of all of it
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+inline Range share(int64_t total, int parts, int part) {
+  const int64_t q = total / parts, r = total % parts;
+  const int64_t begin = part * q + (part < r ? part : r);
+  return {begin, begin + q + (part < r ? 1 : 0)};
+}
+
+// m or n cut into segments, and each segment into tiles whose numbers of vectors differ by one at most, the longer ones
+// spread evenly, so that any run of tiles is a fair share.
+struct Tiling {
+  int64_t segment = 0, segments = 0, unit = 1, vectors = 0, per_segment = 0;
+
+  Tiling() = default;
+  Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units);
+  int64_t count() const { return segments * per_segment; }
+  int64_t padded() const { return segments * vectors * unit; }  // with every segment rounded up to whole vectors
+  int64_t most(int64_t tiles) const {                           // units in that many tiles in a row, at most
+    return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
+  }
+
+  // `limit` if so many tiles from t on are as long as it, else one.
+  int64_t same_size(int64_t t, int64_t limit) const {
+    if (limit <= 1) return 1;
+    const Tile first = (*this)[t], last = (*this)[t + limit - 1];  // lengths differ by one unit at most
+    return last.segment == first.segment && last.size == first.size &&
+                   last.start - first.start == (limit - 1) * first.size
+               ? limit
+               : 1;
+  }
+
+  struct Tile {
+    int64_t start, size, padded_start, padded_size, segment;
+  };
+  Tile operator[](int64_t t) const {
+    const int64_t s = segments == 1 ? 0 : t / per_segment, j = t - s * per_segment;
+    const int64_t first = j * vectors / per_segment, units = (j + 1) * vectors / per_segment - first;
+    const int64_t at = first * unit, left = segment - at;
+    return {s * segment + at, units * unit < left ? units * unit : left, (s * vectors + first) * unit, units * unit, s};
+  }
+};
+
+constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
+
+struct Plan {
+  const Microkernel* kernel = nullptr;
+  const char* shape = "";     // which of the kernel's shapes this is, and why
+  const char* isa = nullptr;  // of the whole set: the kernel's own, or a better one that has nothing better for it
+  Tiling m, n;
+  OperandPlan a, b;
+  AccessA a_access = AccessA::kRows;
+  bool streams = false;              // D is too large for caches: whole lines are stored past them
+  bool prepacked = false;            // the caller brought the weight's panels; B, packed by block, copies them
+  int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
+  bool groups_take_turns = false;    // at each block of m, wgrad's at each k-slice; else a group has all of them first
+  bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
+  int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
+  int64_t piece = 0;                 // steps of k that such a call computes for all its tiles before the next ones
+  int64_t partials_kept = 1;         // tiles whose sums wait meanwhile
+  int64_t staged = 1;                // tiles that are finished in the workspace before they go to D or are pooled
+  int64_t reach_n = 1;               // tiles of n that a packed block of A serves
+  int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
+  int64_t k_step = 0;                // k packed at a time: all of a slice, or a multiple of kc (wgrad: of 64)
+  int64_t slices = 1, slice = 0;     // k-slices and their length
+  int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
+  int64_t panel_a = 0, panel_b = 0;  // elements from panel to panel of a packed block
+  // workspace, in bytes
+  int64_t once_a = 0, once_b = 0, block_a = 0, block_b = 0, accumulators = 0, partials = 0, sums = 0, bias = 0;
+  bool packs_ahead() const { return a.source == Source::kPackedAhead; }
+  int64_t steps(int64_t k) const {  // of the microkernel, in panels; whole groups of KS
+    const int64_t group = kernel->kr * kernel->ks;
+    return (k + group - 1) / group * kernel->ks * kernel->parts;
+  }
+  // Tiles whose accumulators wait for more of k.
+  int64_t kept() const { return k_step < slice ? block_m * reach_n : 0; }
+  int64_t per_thread() const;
+  int64_t total() const;
+};
+
+// wgrad with the roles of dz and x exchanged (D^T = B^T A^T), where that packs faster; anything else as it is.
+GemmProblem with_best_roles(const GemmProblem& problem);
+
+// A forward in NCHW with A and B exchanged where pixels are too few to fill vectors and a packed weight could: D^T =
+// B^T W^T, stored transposed. Anything else as it is.
+GemmProblem roles_for_packed_weight(const GemmProblem& problem, const KernelSet& kernels);
+
+// Pure: the same problem, thread count and table always give the same plan.
+Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
+std::string describe(const GemmProblem& problem, const Plan& plan);
+
+// For a weight that stays the same over many calls: how many bytes its panels take (zero: the kernels read this weight
+// in place, or the problem, a wgrad, has none), and making them, at an address aligned to 64 bytes. They depend on the
+// weight, its role and the microkernel (which few pixels an image may decide), not on batch or threads;
+// GemmProblem::packed_weight takes them.
+int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels);
+void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* panels);
+
+enum Status : int { kOk = 0, kOutOfMemory = 1 };
+Status run_gemm(const GemmProblem& problem, const Plan& plan);
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // its best roles and its plan
+
+}  // namespace conv1x1
