@@ -1,4 +1,5 @@
-// The CUDA side of a library that was built without CUDA: every operator says so, instead of torch's list of backends.
+// The CUDA operators of a library that was built without CUDA. Each raises an error that says so; torch's own error
+// would list backends.
 #include "../binding.h"
 
 namespace conv1x1 {
