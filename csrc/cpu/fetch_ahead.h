@@ -1,6 +1,6 @@
-// What the next block will read from memory, fetched into L2 while this one is computed: a few lines at a time
-// (TileArgs::fetch), spread over all steps of every tile, because many at once would hold up the loads of the tile
-// itself. Hardware prefetchers do not see these reads coming: they are short pieces of many rows.
+// Prefetches what the next block will read into L2 while this block is computed: a few lines at a time
+// (TileArgs::fetch), spread over all steps of every tile, because many at once would delay the loads of the tile
+// itself. Hardware prefetchers do not predict these reads, which are short pieces of many rows.
 #pragma once
 
 #include "microkernel.h"
@@ -29,7 +29,7 @@ class FetchAhead {
     }
   }
 
-  // The share of this call's tiles, where `tiles` are still to come, these included.
+  // Sets the share of a call. `tiles` tiles are still to be computed, those of this call included.
   void share(int64_t tiles, TileArgs& args) {
     args.fetch = Fetch();
     while (current_ < count_) {
@@ -38,7 +38,7 @@ class FetchAhead {
         const int64_t here = args.tiles * args.panels, steps = args.k * here;
         int64_t rows = (left_ * here + tiles - 1) / tiles, together = 1;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
-        // Of a stretch, as many lines in a step as it takes.
+        // In a contiguous stretch a step fetches as many lines as needed.
         while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;
         const int64_t fetches = rows / together < steps ? rows / together : steps;
         args.fetch = {piece.base + piece.row * piece.pitch, fetches, piece.pitch * together, piece.width * together};

@@ -1,12 +1,13 @@
-// How a plan's work is split over threads, for plan.cpp.
+// Divides a plan's work over threads. Called by plan.cpp.
 #include <algorithm>
 
 #include "plan_facts.h"
 
 namespace conv1x1 {
 
-// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
-// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
+// Cuts tiles of pixels into more and smaller ones, if their number does not divide evenly over the threads and the
+// busiest thread then has fewer vectors. (Tiles of a weight stay, because panels made beforehand must not depend on the
+// number of threads.)
 Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
   const int64_t count = n.count();
   if (p.b_is_weight || p.pools || n.segments != 1 || count % parts == 0) return n;
@@ -17,8 +18,8 @@ Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
   return better ? finer : n;
 }
 
-// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
-// two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
+// Chooses the split of groups x k-slices x m tiles x n tiles that leaves the busiest thread least to do. The cost is in
+// cycles per k: two vectors multiplied a cycle (AMX: 32), and the time to read and to pack the operands.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
   const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));
@@ -37,7 +38,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   };
   const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
   const double cost_b = cost_of(plan.b, p.b_is_weight, p.b.col.inner_stride() != 1, p.b.aux);
-  // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
+  // The cost of an operand. Packed by block: every thread that uses it packs it. Packed once: by the one thread that
+  // uses it, or by all threads, who then read it from L3.
   const auto bring = [&](Operand how, double cost, int64_t all, int64_t own, int others, int64_t times) {
     if (how != Operand::kPackOnce) return static_cast<double>(own * times) * cost;
     return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(all) * cost / threads;
