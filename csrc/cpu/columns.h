@@ -1,4 +1,4 @@
-// What a block's columns of tiles are in B and in D, for a thread's loop nest. T as in worker.h.
+// Where a block's columns of tiles lie in B and in D, for the loop nest of a thread. T as in worker.h.
 #pragma once
 
 #include "panels.h"
@@ -12,7 +12,7 @@ class Columns : protected Panels<T> {
       : Panels<T>(problem, plan, shared, own) {
     out_storage_ = static_cast<int>(p_.out_dtype);
     transcendental_ = !masks_from_output(p_.activation);
-    // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
+    // Can a tile be stored directly to D? Sums of slices, and activations that follow, need the accumulators' type.
     whole_out_ = p_.out_dtype == kernel_.dtype;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
     aux_alike_ = true;
@@ -23,19 +23,20 @@ class Columns : protected Panels<T> {
   using Base = Panels<T>;
   using Base::element, Base::packed_b, Base::p_, Base::plan_, Base::kernel_, Base::group_;
 
-  // What every row of tiles asks of a column of tiles, worked out once a block.
+  // What every row of tiles needs to know of a column of tiles, computed once for a block.
   struct Column {
     Tiling::Tile tile;
     const void* b;
     int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
     bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
     bool split;
-    int64_t alike;  // so many whole tiles from here on lie side by side in D, and their panels b_step bytes apart
+    int64_t alike;  // number of whole tiles from here on that are side by side in D, with panels b_step bytes apart
     int64_t b_step;
     Split splits[kMaxNv];
   };
 
-  // Columns in several runs of D: where each vector's lie from the first one on. False where one would need three runs.
+  // For columns in several runs of D: where the columns of each vector lie, relative to the first column. False if a
+  // vector needs three runs.
   bool split_columns(Column& c) const {
     const int width = kernel_.vector;
     const Axis& axis = p_.d.col;
@@ -86,7 +87,7 @@ class Columns : protected Panels<T> {
     join_columns(js.end - js.begin, last && plan_.slices == 1 && !p_.pool);
   }
 
-  // Where a tile's vectors lie in a row of B that is split between products; of one vector, twice.
+  // Where a tile's two vectors lie in a row of B that is split between products. A tile of one vector fills in both.
   void feed_columns(const Tiling::Tile& tile, FedVector* vectors) const {
     const auto lanes = [](int64_t n) { return (uint32_t{1} << n) - 1; };
     for (int64_t j = 0; j < tile.size; j += kernel_.vector) {
@@ -103,7 +104,7 @@ class Columns : protected Panels<T> {
     }
   }
 
-  // Each tile fetches the one after it, which may be the next block's.
+  // Each tile prefetches the tile after it, which may belong to the next block.
   void fetch_next_columns(const Range& js) {
     FedVector after[2];
     feed_columns(plan_.n[js.end < plan_.n.count() ? js.end : js.end - 1], after);
@@ -112,8 +113,8 @@ class Columns : protected Panels<T> {
       for (int v = 0; v < 2; ++v) fed_[j][v].next = next[v].at, fed_[j][v].aux_next = next[v].aux_at;
   }
 
-  // Which columns one call of the microkernel can compute: whole ones, the same distance apart in B; `to_d`, and side
-  // by side in D.
+  // Finds the columns that one call of the microkernel can compute: whole tiles, at a constant distance in B and, if
+  // `to_d`, side by side in D.
   void join_columns(int64_t count, bool to_d) {
     const int64_t nr = kernel_.nr;
     const auto whole = [&](const Column& c) {

@@ -8,7 +8,7 @@
 
 namespace conv1x1 {
 
-struct Shared {  // what all threads see: workspace, and panels that the caller brought
+struct Shared {  // what all threads share: workspace, and panels that the caller packed
   char *once_a, *once_b, *partials, *bias;
   double* sums;
 };
@@ -37,7 +37,8 @@ class Panels {
  protected:
   void* element(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * dtype_size(p_.dtype); }
 
-  // Where packed tile i lies. Packed once: by its place in the matrix; by block: by its place in the block.
+  // The address of packed tile i: by its place in the matrix if packed once, by its place in the block if packed by
+  // block.
   T* packed_a(int64_t group, int64_t i) const {
     if (plan_.a == Operand::kPackOnce)
       return reinterpret_cast<T*>(shared_.once_a) + (group * p_.m + plan_.m[i].start) * plan_.steps(p_.k);
@@ -63,7 +64,7 @@ class Panels {
   }
   Mask mask_of(const Matrix& matrix) const { return matrix.aux ? p_.mask : Mask::kNone; }
 
-  // k [k0, k0 + nk) of a tile.
+  // Packs k [k0, k0 + nk) of a tile.
   void pack_a(int64_t group, int64_t i, int64_t k0, int64_t nk) {
     const PackFn fn = kernel_.pack_a[static_cast<int>(plan_.a_access)][storage_];
     const Tiling::Tile t = plan_.m[i];
@@ -76,8 +77,8 @@ class Panels {
                              t.start, t.size, p_.b.row, k0, nk, mask_of(p_.b));
   }
 
-  // All tiles of a block at once, one row of the source after the other, where its lines run across the tiles: memory
-  // is read as it lies. False where they do not. `panel(t)` is where a tile's panel begins.
+  // Packs all tiles of a block at once, one row of the source after the other, so that memory is read in its own order.
+  // Returns false if the rows of the source do not cross the tiles. `panel(t)` is the address of a tile's panel.
   template <class Panel>
   bool pack_rows(const Range& tiles, const Tiling& tiling, const Matrix& matrix, const Axis& across, const Axis& axis_k,
                  int64_t k0, int64_t nk, const Panel& panel) {
@@ -106,7 +107,7 @@ class Panels {
     return true;
   }
 
-  // Tile i of A, to be packed while so many tiles are computed; and what of it was not.
+  // Prepares tile i of A to be packed while `tiles` tiles are computed. finish_packing() packs what is left then.
   void pack_ahead(int64_t i, int64_t k0, int64_t nk, int64_t tiles) {
     PackAhead& pack = next_a_;
     const Tiling::Tile t = plan_.m[i];
@@ -139,7 +140,7 @@ class Panels {
     if (next_a_.left > 0) next_a_.step(next_a_, next_a_.left);
   }
 
-  // TileArgs::feed of a row of tiles: of A, a strip of tiles `step` bytes apart, or of B, but for the columns.
+  // TileArgs::feed of a row of tiles, or null: for A, a strip of tiles `step` bytes apart; for B, without `vectors`.
   const Feed* feed(const Tiling::Tile& ti, int64_t step, int64_t k0, int64_t nk) {
     const bool of_a = plan_.a == Operand::kDirect;
     if (kernel_.parts == 1 || (!of_a && plan_.b != Operand::kDirect)) return nullptr;
@@ -163,7 +164,7 @@ class Panels {
     return &feed_;
   }
 
-  // The panels of tiles that were read in place, for exact_.
+  // Packs a tile that was read in place, for exact_.
   void pack_fed(ExactSums::Sums& of) {
     const bool of_a = plan_.a == Operand::kDirect;
     if (!of_a && plan_.b != Operand::kDirect) return;
@@ -177,7 +178,7 @@ class Panels {
        of_a ? matrix.col : matrix.row, of.k0, of.nk, mask_of(matrix));
   }
 
-  // With the sums of its rows, taken while a tile's panel is in L1.
+  // If `sums`, also adds up the rows of each tile while its panel is in L1.
   void pack_block_a(const Range& is, int64_t k0, int64_t nk, bool sums) {
     const bool packed =
         plan_.a_access == AccessA::kCols && kernel_.ks == 1 &&
@@ -227,9 +228,9 @@ class Panels {
   const Microkernel& kernel_;
   const Shared& shared_;
   T *block_a_, *block_b_;
-  Feed feed_;                                                  // what is read in place
+  Feed feed_;                                                  // the operand in parts that is read in place
   PackAhead next_a_;                                           // the tile that is packed between products
-  int64_t group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;  // first_: the tile that a packed block begins with
+  int64_t group_ = 0, slice_ = 0, first_a_ = 0, first_b_ = 0;  // first_: the first tile of a packed block
   int storage_;
 };
 

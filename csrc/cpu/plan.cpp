@@ -1,7 +1,9 @@
-// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. Pure; explain.cpp prints its result.
+// GemmProblem -> Plan: what is packed, tiles, blocks and the threads' shares. A pure function. explain.cpp prints its
+// result.
 //
-// The only choices that decide bits are kc, the k-slices and the packed length over which bias gradients are summed;
-// none of them looks at the thread count, and for y and dx none looks at the batch.
+// The choices that decide the bits of results are the microkernel's arithmetic, kc, the k-slices, the pieces of k of
+// operands in parts, and the packed length over which bias gradients are summed. None depends on the number of threads.
+// For y and dx none depends on the batch.
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,14 +13,15 @@
 namespace conv1x1 {
 namespace {
 
-// Length of an accumulator chain in steps: no output's error may be over twice stock torch's. Joining chains of 64
-// costs 3 % of the rate on long k, those of 32 twice that; but with 128 errors were up to 3 times stock's, whose narrow
-// layers are sums of many short chains (with 64, too, on narrow ones), and with 256 up to 2.7 times where a single
-// pixel is its dot product. The half types' results are rounded far more coarsely than their sums in float32.
+// Length of a chain in k: no output's error may be more than twice stock torch's. Joining chains of 64 costs 3 % of the
+// rate on long k, joining chains of 32 twice that. With chains of 128 errors were up to 3 times stock's, which sums
+// narrow layers in many short chains; on narrow layers chains of 64 were too long as well. With 256 errors were up to
+// 2.7 times stock's where the output is a single pixel. Results of half types are rounded far more coarsely than their
+// float32 sums.
 constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain = 256, kPartsChain = 256;
-constexpr int64_t kLongK = 512;            // from which on chains may be long
+constexpr int64_t kLongK = 512;            // k from which chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
-constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
+constexpr int64_t kTiledK = 512;           // the same with AMX: a tile of A is then 32 KiB, which stay in L1
 constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
 constexpr int64_t kLongRows = 2048;        // ... and at least as long
 constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
@@ -74,9 +77,10 @@ bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
 
 namespace {
 
-// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel is
-// read several times. wgrad's pieces of k are fetched into L2 beforehand, from where a tile can read them in place;
-// where its rows are but a line or two of such a distance, as AVX2's, they are more pages than a TLB holds.
+// Does B conflict in cache if it is read in place? Rows that are a multiple of 2 KiB apart share a few cache sets and
+// have a page each, so packing pays if the panel is read several times. wgrad's pieces of k are prefetched into L2,
+// from where a tile can read them in place. But a tile whose rows are only one or two lines of such a distance (AVX2)
+// reads more pages than a TLB holds.
 bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t element, int64_t m_tiles) {
   const int64_t pitch = p.b.row.inner_stride() * element;
   if (p.k < 64 || m_tiles < 4) return false;
@@ -84,8 +88,8 @@ bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t elemen
   return pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024);
 }
 
-// A tile of A read along m is a narrow strip of lines, k of them; rows a multiple of 1 KiB apart leave it a few cache
-// sets, and every tile of n would fetch it from L3 again.
+// A tile of A that is read along m is k short lines. If they are a multiple of 1 KiB apart, they share a few cache
+// sets, and every tile of n would load them from L3 again.
 bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
   return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
 }
@@ -95,7 +99,8 @@ bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel) {
   return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0;
 }
 
-// Pooling's tiles lie within so many images that they are nearly full, and all of whose pixels go to one thread.
+// The number of images that a tile of average pooling may span, so that tiles are nearly full. All pixels of these
+// images belong to one thread.
 int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   int64_t best = 1;
   double most = 0;
@@ -107,10 +112,11 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   return best;
 }
 
-// The shape of a tile: where one vector holds all columns, the narrow one; two, the tall one. Else the one that cuts D
-// into fewer, each of which costs its loads of C and its stores besides the multiply-adds. Where A's panels have lines
-// of MR, the taller one: lines of 6 are slow to pack. A weight that is B is packed for one shape whatever the
-// activations are, so nothing but n may decide then; a single panel of one or two vectors is the same in every shape.
+// Chooses the shape of a tile. One vector of columns takes the narrow shape, two vectors take the tall shape. Otherwise
+// the shape that cuts D into fewer tiles, because every tile costs loads and stores of C besides its multiply-adds. The
+// wide shape is not used where panels of A have lines of MR elements: lines of 6 are slow to pack. If B is the weight,
+// only n may decide, because the weight is packed for one shape whatever the activations are. (A single panel of one or
+// two vectors is the same in every shape.)
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& kernel = *plan.kernel;
   const bool wgrad_is_wide = kernel.kr == 1 && plan.a_access == AccessA::kRows && p.n >= kWideWgrad;
@@ -138,12 +144,12 @@ void choose_shape(const GemmProblem& p, Plan& plan) {
   take(*kernel.wide, ", the wide shape: fewer tiles");
 }
 
-// Channels of a weight, of one group, that a kernel in parts may have in one tile.
+// Do all output channels of a group fit into one tile of a kernel in parts?
 bool one_tile_of_weights(const GemmProblem& p, const Microkernel& kernel) {
   return kernel.parts > 1 && !p.split_k && (p.a_is_weight ? p.m : p.n) <= kTileOfWeights;
 }
 
-// Activations in parts that are read in place, split between the products: where a panel would be read but once.
+// Reads activations in parts in place and splits them between products, where a panel would be read only once.
 void choose_feed(const GemmProblem& p, Plan& plan) {
   if (!one_tile_of_weights(p, *plan.kernel)) return;
   if (p.b_is_weight) {
@@ -168,7 +174,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   const int64_t m_images = pools_m ? pooled_images(p.m_segment, p.m / p.m_segment, kernel.mr) : 1;
   plan.m = Tiling(p.m, pools_m ? m_images * p.m_segment : p.m, kernel.m_unit, kernel.mr / kernel.m_unit);
 
-  // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
+  // Tiles that stop at the border of an image can read B in place. Tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
   bool direct = !weight_b && b_readable(p, kernel) && !b_conflicts(p, kernel, element, plan.m.count());
@@ -199,7 +205,7 @@ void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   choose_shape(p, plan);
 }
 
-// float16 in place, converted in every tile that reads it, rather than packed.
+// Reads a B of float16 in place, converted in every tile that loads it, instead of packing it.
 void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel* other = plan.kernel->float16_b;
   if (!other || p.dtype != other->b_in_place || p.b_is_weight || p.split_k) return;
@@ -209,11 +215,12 @@ void convert_b_in_place(const GemmProblem& p, Plan& plan, int64_t element) {
   if (converting.b == Operand::kDirect) plan = converting;
 }
 
-// k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
-// the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
+// The length of k that wgrad packs at a time. With longer pieces accumulators are loaded and stored less often. But
+// where lines are packed at the speed of memory, the prefetched data of the next piece must fit into L2 beside this
+// piece.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
-  // A chain at a time; more where rows along k are long enough to be read from memory faster so.
+  // One chain at a time; more where rows along k are long and memory is then read faster.
   if (parts > 1) return p.b.row.inner_stride() == 1 && p.b.row.inner_size() >= kLongRows ? kPartsK : kPartsChain;
   const int64_t longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2;
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
@@ -231,8 +238,8 @@ int64_t chain(const GemmProblem& p, const Plan& plan) {
   return p.k >= kLongK ? kLongChain : kChain;
 }
 
-// Channels last, a pixel's groups lie side by side: one group after the other, all pixels' lines would be read from
-// memory, and stored to, again and again. So groups take turns at as many pixels as stay in L2.
+// With channels last the groups of a pixel lie side by side. One group after the other would read and write the lines
+// of all pixels in memory once for every group. Instead groups take turns at as many pixels as stay in L2.
 bool channels_side_by_side(const GemmProblem& p) {
   const Axis &channels = p.split_k ? p.a.row : p.a.col, &pixels = p.split_k ? p.a.col : p.a.row;
   const bool x_or_dz =
@@ -240,7 +247,7 @@ bool channels_side_by_side(const GemmProblem& p) {
   return p.groups > 1 && x_or_dz && (!p.split_k || p.b.col.inner_stride() == 1);
 }
 
-// Of what a GEMM reads and writes, all groups.
+// Bytes of a pixel that a GEMM reads and writes, all groups together.
 int64_t bytes_of_pixel(const GemmProblem& p) {
   const int64_t size = dtype_size(p.dtype), a = (p.split_k ? p.m : p.k) * (p.a.aux ? 2 : 1) * size;
   const int64_t other = p.n * (p.split_k ? (p.b.aux ? 2 : 1) * size : dtype_size(p.out_dtype));
@@ -262,12 +269,12 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a == Operand::kPackBlock || plan.b == Operand::kPackBlock;
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
-  const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image, in either layout: bits
+  const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image: decides bits
   const int64_t long_parts = pixels <= kFewPixels ? kLongPartsFew : kLongParts;
   int64_t longest = long_panels;
   if (p.split_k)
     longest = wgrad_k_step(p, plan);
-  else if (one_tile_of_weights(p, *plan.kernel))  // read in place or not: a batch's strides may not show in bits
+  else if (one_tile_of_weights(p, *plan.kernel))  // in place or not, for strides must not decide bits
     longest = plan.slice;
   else if (plan.kernel->parts > 1)
     longest = long_parts / plan.kernel->parts;
@@ -275,18 +282,19 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
                            p.split_k ? kChain : std::max(plan.kc, kChain));  // whole chains: see plan.h
-  // A few pixels in place meet every panel of a weight: as much of k at a time as leaves both in L2.
+  // A few pixels in place are multiplied with every panel of a weight: take as much of k at a time as leaves both in
+  // L2.
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
   if (plan.a == Operand::kDirect && plan.a_access == AccessA::kCols && plan.b == Operand::kPackOnce && both > plan.kc)
     plan.k_step = std::min(plan.k_step, round_up(ceil_div(plan.slice, ceil_div(plan.slice, both)), plan.kc));
 }
 
-// A strip of tiles of m, whose columns of B stay in L1 meanwhile. Where k is so long that A's tile alone fills L1, for
-// a piece of k at a time; the tiles' sums wait.
+// Chooses the strip: tiles of m in one call, whose columns of B stay in L1. Where k is so long that one tile of A fills
+// L1, the call takes a piece of k at a time for all tiles and keeps their sums in between.
 void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, chain = plan.steps(plan.kc);
   plan.piece = std::max<int64_t>(steps, 1);
-  if (plan.kernel->ks > 1) {  // a call has all of a row's tiles: more rows only where that is little work
+  if (plan.kernel->ks > 1) {  // a call computes a row of tiles; several rows only if one is little work
     const int64_t row = std::max<int64_t>(steps / plan.kernel->ks * plan.block_n, 1);
     const bool whole = plan.k_step >= plan.slice && plan.slices == 1;
     if (whole && plan.kernel->parts == 1) plan.strip = clamp(kGroupsACall / row, 1, kMaxTiledStrip);
@@ -300,7 +308,7 @@ void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   plan.strip = plan.partials_kept = clamp(std::min(in_l1, in_l2), 1, kMaxStrip);
 }
 
-// Rows of A are packed while the row of tiles before is computed, where all of B is at hand meanwhile.
+// Can a row of tiles of A be packed while the row before is computed? All of B must then fit beside it.
 bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
   const Axis& k = p.a.col;
   const bool lines = k.inner_stride() == 1 && k.linear() && (!p.a.aux || k.aux_stride[k.nd - 1] == 1);
@@ -309,16 +317,17 @@ bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
          plan.k_step >= plan.slice && plan.n.count() <= kMaxBlockN && all_b <= l2_bytes() / 2;
 }
 
-// B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
-// A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
+// B's block stays in L2 while A's tiles pass by it. Each tile of A is read from L1 for all n tiles of the block. A
+// packed block of A serves all of n, or as much of n as has room for its accumulators, so that each element is packed
+// once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.packs_ahead = can_pack_ahead(p, plan, element);
   const int64_t l2 = plan.b == Operand::kDirect ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  // Room for the next block beside it, where that leaves enough columns for each pass over A; of operands in parts, of
-  // which L1 holds neither, for the whole block of A.
+  // Leave room for the next block beside B's, if enough columns remain for each pass over A. With operands in parts,
+  // which L1 cannot hold, leave room for the whole block of A.
   const bool in_parts = plan.kernel->parts > 1;
   const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
   const bool feeds_b = in_parts && plan.b == Operand::kDirect;  // of which there are no panels
@@ -327,15 +336,15 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.block_n = plan.packs_ahead ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b == Operand::kPackBlock && (carried || plan.block_n < tiles_n);  // for every block of A
-  // A large block of A where all of B passes by it once more for each.
+  // Each block of A needs another pass over all of B here, so it is large.
   if (plan.a == Operand::kPackBlock && !plan.packs_ahead) {
     const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
   }
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
   choose_strip(plan, steps, element);
-  // A pitched tile fetches a line of A in every step. The narrow one's loads take the ports' every turn: worth it from
-  // memory, not from L3.
+  // A pitched tile fetches a line of A in every step. The loads of the narrow tile occupy the load ports fully, so
+  // fetching pays only if A comes from memory, not from L3.
   const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
   const bool from_l3 = plan.n.vectors > 1 && plan.partials_kept == 1 && touched > kCachedInL2;
   plan.fetches_rows = !plan.kernel->pitched || from_l3 || touched > kCachedBytes;
@@ -355,11 +364,11 @@ void take_turns(const GemmProblem& p, Plan& plan) {
   plan.block_m = clamp(fit / 2, 1, plan.block_m);
 }
 
-// A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
-// back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep. Of
-// small ones every thread packs its own: lines that another core has just written take longer to come than to pack.
-// Panels brought by the caller are copied where many rows are multiplied with them: what two cores read at once comes
-// to neither as fast.
+// If only one thread reads a weight's panels, that thread packs them right before it uses them: they need not come back
+// from L3 or memory, no thread waits for them, and the workspace stays small enough for malloc to keep. Small panels
+// are packed by every thread for itself, because lines that another core has just written take longer to load than to
+// pack. Panels that the caller packed are copied by each thread that multiplies many rows with them, because two cores
+// that read the same lines get them more slowly.
 void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.groups_take_turns && !p.split_k) return;  // B's groups would be packed again for each block
   const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != p.k;
@@ -371,7 +380,7 @@ void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
                            plan.m.most(plan.m.count()) * plan.m.unit >= kRowsToCopy * plan.part_m)))
     plan.b = Operand::kPackBlock;
   if (plan.prepacked) return;
-  // (A's more seldom: where its rows conflict, packing is all strides.)
+  // (More seldom for A: where its rows conflict, packing reads with large strides.)
   const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(p.k) * element;
   if (plan.a == Operand::kPackOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
@@ -380,7 +389,7 @@ void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
   }
 }
 
-// No share of a thread is larger than the largest one.
+// Blocks need not be larger than the largest share of a thread.
 void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   const auto largest = [](const Tiling& t, int parts, bool whole_segments) {
     return whole_segments ? ceil_div(t.segments, parts) * t.per_segment : ceil_div(t.count(), parts);
@@ -392,7 +401,7 @@ void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   plan.block_n = ceil_div(plan.reach_n, ceil_div(plan.reach_n, plan.block_n));
 }
 
-// Bytes behind the last panel of A that a tile of fewer than its rows reads.
+// Bytes behind the last panel of A which a tile with fewer rows than its unit reads.
 int64_t behind_a(const Microkernel& kernel) { return kernel.parts > 1 ? kernel.m_unit * 64 : 0; }
 
 void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
@@ -403,11 +412,11 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
       plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element) + behind_a(*plan.kernel);
     if (plan.b == Operand::kPackOnce) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
   }
-  // A line apart from a round distance, at which panels written side by side would share cache sets.
+  // One line more than a round distance, at which panels that are written side by side would share cache sets.
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead ? 2 : plan.block_m;
-  // What is read in place has a panel for tiles that are repaired.
+  // An operand in parts that is read in place has one panel, for tiles that are repaired.
   const bool in_parts = plan.kernel->parts > 1;
   if (plan.a == Operand::kPackBlock) plan.block_a = bytes(panels_a * plan.panel_a * element);
   if (plan.b == Operand::kPackBlock) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
@@ -422,14 +431,14 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
 
-// `prepacked`: as if the weight's panels were there already.
+// `prepacked`: plan as if the weight's panels existed already.
 Plan plan_for(const GemmProblem& p, int max_threads, const KernelSet& kernels, bool prepacked) {
   Plan plan;
   plan.kernel = &kernels.for_problem(p);
   plan.isa = kernels.isa;
   plan.prepacked = prepacked && (p.a_is_weight || p.b_is_weight);
   plan.streams = !p.pools && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
-  // Of an accumulator, and of an element of a panel: KR operands are as wide.
+  // Bytes of an accumulator, and of an element of a panel, which holds KR operands.
   const int64_t element = dtype_size(plan.kernel->dtype);
   choose_operands(p, plan, element);
   convert_b_in_place(p, plan, element);

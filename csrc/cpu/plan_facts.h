@@ -1,4 +1,4 @@
-// What plan.cpp and partition.cpp decide by, and explain.cpp gives as a reason.
+// What plan.cpp and partition.cpp use for their decisions and explain.cpp for its reasons.
 #pragma once
 
 #include "plan.h"

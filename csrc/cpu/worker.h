@@ -1,6 +1,6 @@
 // The macrokernel: a thread's share of a GEMM, one loop nest for all of the library.
 //
-//   for jo in reaches of n        (one, but where accumulators are carried over very many columns)
+//   for jo in reaches of n (one, but where accumulators are carried over very many columns)
 //     for ic in m blocks
 //       for pc in k steps         A's block packed, or read in place
 //         for jc in n blocks      B's block packed, or read in place, resident in L2
@@ -36,7 +36,8 @@ class Worker : private Columns<T> {
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
     epilogue_.upper = p_.activation == Activation::kReLU6 ? 6 : inf;
-    // What of a pooled output ReLU and ReLU6 hold back: what would be zero or six after rounding to a half type.
+    // The limits for the bits of a pooled output: below or above them the output would be 0 or 6 after rounding to its
+    // half type.
     if (p_.dtype == DType::kFloat16) mask_low_ = 0x1p-25;
     if (p_.activation == Activation::kReLU6)
       mask_high_ = p_.dtype == DType::kFloat16 ? 6 - 0x1p-9 : (p_.dtype == DType::kBFloat16 ? 6 - 0x1p-6 : 6);
@@ -67,7 +68,7 @@ class Worker : private Columns<T> {
     if (kernel_.leave) kernel_.leave();
   }
 
-  // Joins the k-slices of rows [begin, end) of groups * m, in the slices' order.
+  // Adds the k-slices of this part's rows of groups * m, in the order of the slices.
   void join_slices(int part, int parts) {
     const Range rows = share(p_.groups * p_.m, parts, part);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -175,7 +176,7 @@ class Worker : private Columns<T> {
     ahead_.add(p_.b, group_, dtype_size(p_.dtype), p_.b.col, begin, end - begin, p_.b.row, k0, nk, false);
   }
 
-  // What will be read from memory after block (is, js, k0): rows of A that its own tiles read in place, and the blocks
+  // Sets up the prefetches of block (is, js, k0): the rows of A that its own later tiles read in place, and the blocks
   // that come next in rectangle()'s loops.
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
@@ -193,7 +194,7 @@ class Worker : private Columns<T> {
     fetch_a(next_is, begin, end - begin < plan_.k_step ? end - begin : plan_.k_step);
   }
 
-  // The A of a row of tiles from k0 on: args.a_rows or args.a, and lda.
+  // Sets the A of a row of tiles from k0 on: args.a_rows or args.a, and args.lda.
   void prepare_row(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, TileArgs& args) const {
     const bool direct = plan_.a == Operand::kDirect;
     const int64_t step = plan_.a == Operand::kPackOnce ? plan_.steps(k0) : 0;
@@ -206,7 +207,7 @@ class Worker : private Columns<T> {
       args.a_pitch = args.lda * static_cast<int64_t>(sizeof(T));
       for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * args.lda;
     } else {
-      // An element in place is as wide as one of a panel: what is read along m is read as it is.
+      // What is read in place along m is not converted, so its elements are as wide as those of a panel.
       args.a = direct ? element(p_.a.data, group_ * p_.a.group_stride + k0 * args.lda + t.start)
                       : packed_a(group_, i) + step * args.lda;
       args.a_pitch = sizeof(T);
@@ -216,7 +217,7 @@ class Worker : private Columns<T> {
     args.a_rows = rows;
   }
 
-  // Rows of A in place, from k0 on.
+  // Sets the pointers to rows of A in place, from k0 on.
   void place_rows(int64_t first, int64_t count, int64_t k0, const void** rows) const {
     const int64_t from = group_ * p_.a.group_stride + k0, size = dtype_size(p_.dtype);
     for (int64_t r = 0; r < count;) {
@@ -226,13 +227,14 @@ class Worker : private Columns<T> {
     }
   }
 
-  // How many tiles from row of tiles i on, before `end`, one call can compute: alike, in D one run of rows, in A a
-  // constant distance apart or, where kernels take them so, with rows of their own.
+  // The number of rows of tiles, from row i on and before `end`, that one call can compute. They must have the same
+  // size and be one run of rows in D. In A they must have a constant distance, unless the kernel takes a pointer for
+  // each row.
   int64_t strip_from(int64_t i, int64_t end, int64_t k0, const void** rows, TileArgs& args) const {
     const Tiling::Tile t = plan_.m[i];
     const bool own_rows = plan_.a == Operand::kDirect && !p_.a.row.linear();
     int64_t most = end - i < plan_.strip ? end - i : plan_.strip;
-    if (own_rows) {  // not in pieces of k: slower so
+    if (own_rows) {  // not together with pieces of k, which is slower
       const bool one = kernel_.pitched || kernel_.ks > 1 || plan_.partials_kept > 1;
       most = one ? 1 : std::min(most, kMaxStripRows / t.size);
     }
@@ -249,9 +251,9 @@ class Worker : private Columns<T> {
     return count;
   }
 
-  // With AMX: what the next rows of tiles will read of A and be stored to, in the order in which it lies in memory.
-  // Each of this row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that
-  // are packed, by look_ahead), because products take so few cycles that memory would hold them up.
+  // With AMX: what the next rows of tiles will read of A and store to D, in the order of memory. Each call of this row
+  // prefetches a share of it. Later blocks are left to the hardware, except packed blocks of A (look_ahead), because
+  // products take so few cycles that more prefetches would delay them.
   struct NextRows {
     Fetch a, c;                  // of all its rows
     int64_t rows = 0, each = 0;  // for each call
@@ -269,7 +271,7 @@ class Worker : private Columns<T> {
       const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
       next.a = {static_cast<const char*>(rows[0]) + m * pitch, next.rows, pitch, nk * dtype_size(p_.dtype)};
     }
-    // Rows of D that are one stretch of memory.
+    // Only rows of D that are one contiguous stretch of memory.
     const Column &first = columns_[0], &last = columns_[calls - 1];
     if (!all_unit_ || !p_.d.row.linear() || streams_) return next;
     const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
@@ -345,7 +347,7 @@ class Worker : private Columns<T> {
         feed_.vectors = fed_[j];
         args.n = c.tile.size;
         if (kernel_.parts > 1) {
-          Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting
+          Repairer& r = repairers_[repairer_ ^= 1];  // the repairer of the pending tile is still in use
           r = {this, {group_, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}, &c, args.a_step};
           args.mirrored = p_.b_is_weight;
           args.repair = repair_tile;
@@ -372,8 +374,8 @@ class Worker : private Columns<T> {
     if (kernel_.finish_pending) kernel_.finish_pending(pending_);
   }
 
-  // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
-  // one that waits for its line holds up all that follow.
+  // Prefetches for writing the lines to which a tile will be stored. Stores leave the core in order, so a store that
+  // waits for its line delays all later stores.
   void prefetch_out(const void* out, int64_t ld, int64_t rows, int64_t cols) const {
     const int64_t size = dtype_size(p_.out_dtype), bytes = cols * size;
     for (int64_t i = 0; i < rows; ++i) {
@@ -397,8 +399,9 @@ class Worker : private Columns<T> {
                                  aux_axis(p_.d.row), r0, nr, aux_axis(p_.d.col), c0, nc, Mask::kNone);
   }
 
-  // The end of a tile: sum of a k-slice, or epilogue and the way out. `args` is filled in where it lies: a copy would
-  // read, in wider pieces, what was only just written, and so wait until all of the tile before has left the core.
+  // Computes a tile to its end: the sum of a k-slice, or epilogue and store. `args` is filled in place. A copy of it
+  // would read what was just written, in wider pieces, and so wait until all stores of the tile before have left the
+  // core.
   void finish(TileFn fn, TileArgs& args, const Tiling::Tile& ti, const Run& row, const Column& c) {
     const Tiling::Tile& tj = c.tile;
     if (plan_.slices > 1) {
@@ -407,7 +410,7 @@ class Worker : private Columns<T> {
       fn(args);
       return;
     }
-    Epilogue& e = epilogues_[turn_ ^= 1];  // the one before may still be waited for
+    Epilogue& e = epilogues_[turn_ ^= 1];  // the pending tile may still use the other one
     e = epilogue_;
     if (p_.bias.data) {
       const T* bias = reinterpret_cast<const T*>(shared_.bias);
@@ -421,7 +424,7 @@ class Worker : private Columns<T> {
     void* out = staged_;
     int64_t ld = kernel_.nr;
     const bool one_run = row.length == ti.size * args.tiles, aux_in_place = d.aux && one_run && c.aux_unit;
-    // What is stored as half is added to a residual as half.
+    // A tile that is stored as a half type reads its residual as that type.
     const bool direct = !p_.pool && one_run && c.out_unit && ((whole_out_ && !c.split) || !d.aux || aux_in_place);
     args.splits = direct && c.split ? c.splits : nullptr;
     args.fetch_out = false;
@@ -482,14 +485,14 @@ class Worker : private Columns<T> {
   Epilogue epilogue_, epilogues_[2];
   int turn_ = 0, repairer_ = 0;
   Repairer repairers_[2];
-  alignas(64) char pending_[kMaxPending];  // zeroed for kernels that use it alone: small calls would feel it
+  alignas(64) char pending_[kMaxPending];  // zeroed only for kernels that use it, to keep small calls fast
   T *accumulators_, *partial_, *staged_, *residual_;
   Range reach_{0, 0};
   int64_t end_m_ = 0;  // of all that this part computes
   FetchAhead ahead_;
   int64_t tile_;
   Store half_store_ = Store::kAsIs;
-  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
+  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // NaN: no value is >= NaN
   bool carried_, streams_, sums_here_ = false;
 };
 
