@@ -77,7 +77,7 @@ def test_nothing_is_saved_without_a_gradient():
 
 
 def workspace_bound(layer, dtype, direction, threads):
-    """docs/design.md, "Memory": the packed weight, partial sums of a wgrad, and each thread's blocks."""
+    """docs/architecture.md, "Memory": the packed weight, partial sums of a wgrad, and each thread's blocks."""
     element = 8 if dtype == torch.float64 else 4
     along, across = layer.c_in // layer.groups, layer.c_out // layer.groups
     if direction == "dgrad":

@@ -1,4 +1,4 @@
-"""What docs/design.md's rules say of the sources, and that the files and members which text names are there."""
+"""The rules of docs/architecture.md, and that the files and members which comments and docs name exist."""
 
 import re
 import shutil
@@ -12,7 +12,8 @@ from conv1x1_ext import _library
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-DESIGN = (ROOT / "docs" / "design.md").read_text()
+DOCS = {f.name: f.read_text() for f in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
+del DOCS["history.md"]  # which names what there was
 SOURCES = sorted(f for f in CSRC.rglob("*") if f.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh"))
 KERNELS = CSRC / "cpu" / "kernels"
 
@@ -68,19 +69,19 @@ def test_no_global_is_mutable(library):
     assert variables(_library.path if library == "ours" else build.build_kernels()) <= MADE_ONCE
 
 
-def test_files_that_comments_and_the_design_name_are_there():
-    folders = [CSRC, *(ROOT / name for name in ("bench", "conv1x1_ext", "examples", "tests"))]
+def test_files_that_comments_and_docs_name_are_there():
+    folders = [CSRC, *(ROOT / name for name in ("bench", "conv1x1_ext", "docs", "examples", "tests"))]
     there = {f.name for folder in folders for f in folder.rglob("*")} | {f.name for f in ROOT.iterdir()}
     texts = {f.name: "\n".join(re.findall(r"//.*", f.read_text())) for f in SOURCES}
-    texts["design.md"] = re.sub(r"(\w+)\.\{(\w+),(\w+)\}", r"\1.\2 \1.\3", DESIGN)  # plan.{h,cpp}
-    pattern = r"(?<![\w*}])\w+\.(?:cpp|h|inc|cuh|cu|py)\b"
+    texts |= DOCS
+    pattern = r"(?<![\w*}])\w+\.(?:cpp|h|inc|cuh|cu|py|md)\b"
     gone = {f"{name}: {named}" for name, text in texts.items() for named in re.findall(pattern, text)}
     gone = {entry for entry in gone if entry.split(": ")[1] not in there}
     assert not gone
 
 
-def test_members_that_the_design_names_are_there():
+def test_members_that_docs_name_are_there():
     code = "\n".join(re.sub(r"//.*", "", f.read_text()) for f in SOURCES)
-    named = re.findall(r"`(\w+)::(\w+)", DESIGN)
+    named = re.findall(r"`(\w+)::(\w+)", "\n".join(DOCS.values()))
     ours = [(t, member) for t, member in named if re.search(rf"\b(?:struct|class) {t}\b", code)]
     assert ours and [(t, member) for t, member in ours if not re.search(rf"\b{member}\b", code)] == []

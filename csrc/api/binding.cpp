@@ -9,7 +9,7 @@
 namespace conv1x1 {
 namespace {
 
-// (C, ...) or (N, C, ...) strides as N C D H W.
+// The strides of a tensor (C, ...) or (N, C, ...), in the order N C D H W.
 void view_strides(const TensorInfo& t, bool batched, int64_t* out) {
   const int64_t channel = batched ? 1 : 0, spatial = t.ndim - 1 - channel;
   out[0] = batched ? t.stride[0] : 0;
@@ -51,7 +51,7 @@ VectorView bias_view(const ConvArgs& args, const Tensor& bias) {
   return {const_cast<void*>(bias.const_data_ptr()), args.bias.size[0] == 1 ? 1 : args.bias.stride[0]};
 }
 
-// What a result will be like, which is known before it is allocated: a plan needs no more.
+// Sizes and strides of a result. They are known before it is allocated, and a plan needs nothing else.
 struct Shape {
   int64_t ndim = 0, size[kMaxDims], stride[kMaxDims];
 
@@ -60,7 +60,7 @@ struct Shape {
     for (int64_t d = 0; d < ndim; ++d) count *= size[d];
     return count;
   }
-  // Where its elements lie in memory; without memory, in a tensor that is planned for.
+  // The address of its elements. A result that is only planned gets a placeholder.
   void* address_of(const Tensor& tensor) const {
     if (tensor) return tensor.mutable_data_ptr();
     return elements() == 0 ? nullptr : planned_address();
@@ -71,7 +71,7 @@ Shape output_shape(const Backend& backend, const ConvArgs& args, const Conv1x1Pr
   int64_t size[kMaxDims], stride[kMaxDims];
   const bool batched = args.batched();
   const int64_t spatial = args.spatial(), skip = batched ? 0 : 1;
-  // As channels-last strides are those of the batched tensor, they are computed with a batch of 1 where there is none.
+  // Channels-last strides are defined for batched tensors, so those of an unbatched one are computed with a batch of 1.
   size[0] = p.batch;
   size[1] = args.input.size[batched ? 1 : 0] == 0 ? 0 : p.c_out;
   for (int64_t d = 0; d < spatial; ++d) size[2 + d] = p.out_size[3 - spatial + d];
@@ -91,7 +91,7 @@ Shape weight_grad_shape(const ConvArgs& args) {
   return shape;
 }
 
-// A gradient of the input: channels last if the input is, contiguous otherwise.
+// The gradient of the input is channels last if the input is, contiguous otherwise.
 Shape input_grad_shape(const ConvArgs& args) {
   Shape shape;
   shape.ndim = args.input.ndim;
@@ -100,7 +100,7 @@ Shape input_grad_shape(const ConvArgs& args) {
   return shape;
 }
 
-// Of a result that is allocated or, where `tensor` is none, planned for.
+// `tensor`: the allocated result, or none where the result is only planned.
 ActivationView activation_view(const Tensor& tensor, const Shape& shape, const ConvArgs& args) {
   TensorInfo t;
   t.ndim = shape.ndim;
@@ -120,7 +120,7 @@ Tensor allocate(const Shape& shape, const ConvArgs& args) {
   return empty_strided(shape.ndim, shape.size, shape.stride, args.input);
 }
 
-// An output or the gradient of an input.
+// Allocates an output, or the gradient of an input.
 Tensor allocate_activation(const Backend& backend, const ConvArgs& args, const Conv1x1Problem& p, const Shape& shape,
                            ActivationView* view) {
   Tensor tensor = allocate(shape, args);
@@ -173,7 +173,7 @@ bool has_pool_mask(const Backend& backend, const Conv1x1Problem& p) {
   return backend.pool_masks() && (p.activation == Activation::kReLU || p.activation == Activation::kReLU6);
 }
 
-// What panels are of, in front of them: a call with other panels than it would make itself must not use them.
+// Stored in front of packed panels: what they were made for. A call uses them only if it would make the same panels.
 struct PackedWeightTag {
   int64_t layout, dtype, weight_is_b, groups, k, channels, reserved[2];
   bool operator==(const PackedWeightTag& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
@@ -219,7 +219,7 @@ Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, 
              const Tensor& bias, const Tensor& residual, const Tensor* packed) {
   Conv1x1Problem p = problem_of(args, input, weight);
   Tensor out = allocate_output(backend, args, p, &p.y);
-  if (p.c_in == 0) return out;  // no output channels either
+  if (p.c_in == 0) return out;  // nn.Conv2d then has no output channels either
   p.bias = bias_view(args, bias);
   if (residual) p.residual = activation_view(residual, args.residual, args.batched());
   GemmProblem g = lower_fprop(p);
@@ -241,7 +241,7 @@ ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& g
   if (output && args.activation != Activation::kNone) p.y = activation_view(output, y, batched);
   ConvGrads grads;
   if (wanted.residual) {
-    // The residual's gradient is the masked dy itself: made once, it then serves the other gradients.
+    // The residual's gradient is dz. It is computed once and then replaces dy for the other gradients.
     Tensor dz = allocate_output(backend, args, p, &p.dx);
     backend.mask_grad(p, p.dx);
     p.dy = p.dx;

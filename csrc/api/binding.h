@@ -1,4 +1,5 @@
-// BINDING, the part that the devices share: tensors -> Conv1x1Problem, outputs allocated. No arithmetic.
+// The part of the binding that CPU and CUDA share. It turns tensors into a Conv1x1Problem and allocates the outputs. It
+// does no arithmetic.
 //
 //   conv1x1_ext::op on a device   Operators<ItsBackend>::op    arguments decoded and checked
 //                                 op(backend, args, ...)       binding.cpp: views, outputs, the order of the passes
@@ -18,17 +19,19 @@
 
 namespace conv1x1 {
 
-// What a device does. Made per call, on the stack, from checked arguments; an error of the device is an exception.
+// What a device implements. An object is made for each call, on the stack, from checked arguments. An error of the
+// device is thrown as an exception.
 class Backend {
  public:
   virtual bool output_channels_last(const ConvArgs& args) const = 0;
-  // A fresh output, before anything is written to it.
+  // Called for each new output, before anything is written to it.
   virtual void prepare_output(void* /*data*/, int64_t /*bytes*/) const {}
 
   virtual void gemm(const GemmProblem& g) const = 0;
-  // Panels of a weight that stays the same: what tells their layout (0: this device packs none), bytes, making them.
+  // Weights packed beforehand: a number that identifies the layout of the panels (0: this device packs no weights), the
+  // size of the panels in bytes, and packing itself.
   virtual int64_t panel_layout(const GemmProblem& /*g*/) const { return 0; }
-  // The roles in which a forward has its weight packed beforehand.
+  // The forward with the roles of A and B that suit a weight packed beforehand.
   virtual GemmProblem roles_for_packed_weight(const GemmProblem& g) const { return g; }
   virtual int64_t packed_weight_bytes(const GemmProblem& /*g*/) const { return 0; }
   virtual void pack_weight(const GemmProblem& /*g*/, void* /*panels*/) const {}
@@ -36,7 +39,8 @@ class Backend {
   virtual void mask_grad(const Conv1x1Problem& p, const ActivationView& dz) const = 0;
   // dx = 0
   virtual void zero_fill(const Conv1x1Problem& p) const = 0;
-  // Does this device's average pooling write and read Conv1x1Problem::pool_mask? Else it recomputes what was pooled.
+  // True: the forward of average pooling writes Conv1x1Problem::pool_mask and the backward reads it. False: the
+  // backward recomputes the pre-activation.
   virtual bool pool_masks() const { return false; }
   // out(image, c) = mean over pixels of activation(W x + bias); (batch, C_out) contiguous.
   virtual void avg_pool(const Conv1x1Problem& p, void* out) const = 0;
@@ -57,22 +61,23 @@ struct Wanted {  // gradients
   bool input, weight, bias, residual;
 };
 
-// The private operators' bits.
+// Bits of the private operators' `wanted`, from the lowest on.
 inline Wanted decode_wanted(int64_t wanted) {
   return {(wanted & 1) != 0, (wanted & 2) != 0, (wanted & 4) != 0, (wanted & 8) != 0};
 }
 
 Tensor empty_strided(int64_t ndim, const int64_t* size, const int64_t* stride, const TensorInfo& like);
 
-// The operators, on checked arguments; bias, residual and output may be none.
-// `packed`, where given, is of pack_weight(); panels of another layout than this call's are left aside.
+// The operators, on checked arguments; bias, residual and output may be none. `packed`: the result of pack_weight(), or
+// null. It is ignored where this call needs panels of another layout.
 Tensor fprop(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
              const Tensor& bias, const Tensor& residual, const Tensor* packed = nullptr);
 Tensor pack_weight(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight);
 ConvGrads backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output, const TensorInfo& dy,
                    const Tensor& input, const Tensor& weight, const Tensor& output, const TensorInfo& y,
                    const Wanted& wanted);
-// `mask`, where given, receives what the backward needs to know of the activation; none where that recomputes it.
+// `mask`: if not null, it receives a bit for each pooled output, for the backward. It stays none where the backward
+// recomputes them.
 Tensor avg_pool(const Backend& backend, const ConvArgs& args, const Tensor& input, const Tensor& weight,
                 const Tensor& bias, Tensor* mask = nullptr);
 AvgPoolGrads avg_pool_backward(const Backend& backend, const ConvArgs& args, const Tensor& grad_output,
@@ -88,8 +93,8 @@ inline void set_conv(ConvArgs& args, int64_t groups, const std::string& activati
   set_activation(args, activation);
 }
 
-// The schemas of ops.cpp for one device: D is its Backend, made from `const ConvArgs&`. Every handle that comes in is
-// ours: it goes into a Tensor before anything can throw.
+// The operators of ops.cpp for one device. D is its Backend, constructed from `const ConvArgs&`. An operator owns the
+// handles that it receives: each becomes a Tensor before any statement that can throw.
 template <class D>
 struct Operators {
   using Handle = AtenTensorHandle;
@@ -250,7 +255,8 @@ struct Operators {
   }
 };
 
-// The library's CUDA lines of build_info; cuda/conv1x1_cuda.cpp or, in a build without CUDA, cuda/no_cuda.cpp.
+// The lines about CUDA in build_info. Defined in cuda/conv1x1_cuda.cpp or, in a build without CUDA, in
+// cuda/no_cuda.cpp.
 std::string cuda_build_info();
 
 }  // namespace conv1x1

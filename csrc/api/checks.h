@@ -1,6 +1,6 @@
-// Every check of an operator's arguments and every message about them, once. Torch-free, so that eager calls
-// (tensor_checks.h), fake tensors under tracing (conv1x1_ext_check in ops.cpp) and tests meet the same words.
-// A message names the argument, what was expected and what came; an empty one means all is well.
+// Every check of an operator's arguments, with its message. Free of torch, so that eager calls (tensor_checks.h), fake
+// tensors under tracing (conv1x1_ext_check in ops.cpp) and tests get the same messages. A message names the argument,
+// what was expected and what came. An empty message means that the arguments are good.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct TensorInfo {
 struct ConvArgs {
   TensorInfo input, weight, bias, residual;
   int64_t stride[3] = {1, 1, 1};
-  int64_t stride_count = 1;  // 1 (for all spatial dimensions) or one each
+  int64_t stride_count = 1;  // 1 (the same stride for all spatial dimensions), or one for each dimension
   int64_t groups = 1;
   Activation activation = Activation::kNone;
   bool allow_tf32 = false;  // may float32 CUDA kernels round their operands to TF32?
@@ -39,7 +39,7 @@ bool to_activation(const std::string& name, Activation* activation);
 std::string check_activation_name(const std::string& name);
 std::string check_stride_count(int64_t count);
 std::string check_conv(const ConvArgs& args);
-// grad_output must have the output's shape and the input's dtype and device; so must output where it is given.
+// grad_output must have the output's shape and the input's dtype and device; so must `output`, if it is given.
 std::string check_backward(const ConvArgs& args, const TensorInfo& grad_output, const TensorInfo& output);
 std::string check_avg_pool_backward(const ConvArgs& args, const TensorInfo& grad_output);
 

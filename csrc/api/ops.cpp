@@ -1,9 +1,9 @@
-// SCHEMA: every operator of the library, at a glance. Kernels register themselves: cpu/conv1x1_cpu.cpp,
-// cuda/conv1x1_cuda.cpp.
+// The schemas of all operators of the library. cpu/conv1x1_cpu.cpp and cuda/conv1x1_cuda.cpp register the kernels.
 //
-// Public operators take plain arguments and carry autograd, fake and vmap rules (conv1x1_ext/ops.py). Private ones
-// (leading underscore) are the eager fast path: no autograd, and stride, groups, activation and allow_tf32 in one
-// integer, since every argument costs about 0.2 us a call. `allow_tf32` is read by float32 CUDA kernels only.
+// Public operators take plain arguments and have rules for autograd, fake tensors and vmap
+// (conv1x1_ext/_registrations.py). Private operators (leading underscore) are the eager fast path. They have no
+// autograd, and take stride, groups, activation and allow_tf32 in one integer, since every argument costs about 0.2 us
+// a call. Only float32 CUDA kernels read `allow_tf32`.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -27,7 +27,8 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
       "-> (Tensor?, Tensor?, Tensor?)");
 
   m.def("_fprop(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int config) -> Tensor");
-  // The weight's panels for a forward of tensors like `input`, as bytes; none where the kernels read the weight itself.
+  // The weight's panels for a forward of tensors like `input`, as bytes; empty where the kernels read the weight in
+  // place.
   m.def("_pack_weight(Tensor input, Tensor weight, int config) -> Tensor");
   m.def(
       "_fprop_packed(Tensor input, Tensor weight, Tensor packed, Tensor? bias, Tensor? residual, int config) -> "
@@ -36,7 +37,7 @@ STABLE_TORCH_LIBRARY(conv1x1_ext, m) {
       "_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, int config, int wanted) "
       "-> (Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def("_avg_pool(Tensor input, Tensor weight, Tensor? bias, int config) -> Tensor");
-  // Besides, a bit for each output that was pooled, for the backward; none where that recomputes them.
+  // As _avg_pool; returns also a bit for each output that was pooled, or none where the backward recomputes them.
   m.def("_avg_pool_masked(Tensor input, Tensor weight, Tensor? bias, int config) -> (Tensor, Tensor?)");
   m.def(
       "_avg_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor? mask, int config, "

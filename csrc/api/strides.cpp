@@ -39,13 +39,13 @@ bool is_channels_last_in_conv(const TensorInfo& t, int64_t conv_ndim) {
 bool suggests_channels_last(const ConvArgs& args) {
   const TensorInfo& x = args.input;
   if (std::find(x.size, x.size + x.ndim, 0) != x.size + x.ndim) return false;
-  // A 1d input is made contiguous first, which leaves one that is contiguous but for sizes of 1 as it was.
+  // torch makes a 1d input contiguous first. That changes nothing where only dimensions of size 1 have other strides.
   const bool input_counts = args.spatial() > 1 || is_contiguous(x);
   return is_channels_last_in_conv(args.weight, args.weight.ndim) ||
          (input_counts && is_channels_last_in_conv(x, args.weight.ndim));
 }
 
-// When torch hands a 3d convolution of size 1 to oneDNN; its other 3d convolution knows no channels last.
+// True where torch uses oneDNN for a 3d convolution of size 1. Its other 3d convolution does not support channels last.
 bool torch_3d_knows_channels_last(const ConvArgs& args, int threads) {
   const TensorInfo& x = args.input;
   if (x.dtype == kDouble) return false;
@@ -95,8 +95,8 @@ bool cpu_output_channels_last(const ConvArgs& args, int threads) {
   return suggests_channels_last(args) && (args.spatial() < 3 || torch_3d_knows_channels_last(args, threads));
 }
 
-// cudnn_conv_suggest_memory_format. torch's depthwise kernels, which know no channels last, are taken only where it
-// says contiguous.
+// cudnn_conv_suggest_memory_format. torch uses its depthwise kernels, which do not support channels last, only where
+// this rule says contiguous.
 bool cuda_output_channels_last(const ConvArgs& args) {
   return args.input.dtype != kDouble && suggests_channels_last(args);
 }

@@ -15,15 +15,14 @@
 
 namespace conv1x1 {
 
-// A result on its way to the dispatcher, which takes it over. Not a bare handle: that converts to
-// torch::stable::Tensor.
+// A result that the dispatcher takes over. (A bare handle would convert to torch::stable::Tensor.)
 struct Result {
   AtenTensorHandle handle;
 };
 using MaybeResult = std::optional<Result>;
 
-// A tensor, or none, that is ours to give back. torch::stable::Tensor is a shared pointer to such a handle: an
-// allocation for every argument and two for every result, which small calls notice.
+// An owned tensor handle, or none. torch::stable::Tensor is a shared pointer to such a handle. It would allocate once
+// for every argument and twice for every result, which small calls would notice.
 class Tensor {
  public:
   Tensor() = default;
@@ -63,7 +62,7 @@ class Tensor {
   AtenTensorHandle handle_ = nullptr;
 };
 
-// Sizes and strides through their pointers, once: a small call is won by counting.
+// Reads sizes and strides once, through pointers: each call of the shim costs time in a small operator call.
 inline TensorInfo info_of(const Tensor& tensor) {
   TensorInfo t;
   AtenTensorHandle handle = tensor.get();
@@ -102,7 +101,7 @@ inline void set_activation(ConvArgs& args, const std::string& name) {
 }
 
 // The private operators' one integer: activation in bits 0-2, TF32 allowed in bit 3, strides of D, H and W in 10 bits
-// each, groups above. Written by conv1x1_ext/ops.py; args.weight must be set.
+// each, groups above. Made by make_config() in conv1x1_ext/_eager.py. args.weight must be set.
 inline void decode_config(ConvArgs& args, int64_t config) {
   if (config <= 0 || (config & 7) >= kActivationCount) raise_if("conv1x1: config: expected one made by conv1x1_ext");
   args.activation = static_cast<Activation>(config & 7);

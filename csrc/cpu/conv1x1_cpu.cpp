@@ -1,4 +1,5 @@
-// BINDING of the CPU kernels: what binding.h asks of a device, by plan.h and avg_pool.h. Status -> exception.
+// The binding of the CPU kernels: implements the Backend of binding.h by plan.h and avg_pool.h, and turns a Status into
+// an exception.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -25,13 +26,13 @@ void raise_if_failed(Status status) { raise_if(status == kOk ? "" : "conv1x1: ou
 
 class CpuBackend final : public Backend {
  public:
-  // Asked for at every call: a new Python thread sees torch's setting only after torch was asked.
+  // The number of threads is read at every call: a new Python thread gets torch's setting only when torch is asked.
   explicit CpuBackend(const ConvArgs&) : threads_(static_cast<int>(torch::stable::get_num_threads())) {}
 
   bool output_channels_last(const ConvArgs& args) const override { return cpu_output_channels_last(args, threads_); }
 
-  // Blocks over 32 MiB are fresh from the kernel at every call (glibc maps and unmaps them): with 4 KiB pages, faulting
-  // them in takes longer than computing them. Asks for huge pages; where they are off, nothing changes.
+  // glibc maps and unmaps blocks over 32 MiB at every call. With 4 KiB pages their page faults take longer than
+  // computing them. This asks for huge pages; where the system has them off, nothing changes.
   void prepare_output(void* data, int64_t bytes) const override {
 #if defined(__linux__)
     constexpr int64_t kHugePage = 2 << 20;

@@ -1,7 +1,8 @@
-// BINDING of the CUDA kernels: what binding.h asks of a device, by launch.h. cudaError_t -> exception.
+// The binding of the CUDA kernels: implements the Backend of binding.h by the functions of launch.h, and turns
+// cudaError_t into exceptions.
 //
-// A call runs on the input's device and torch's current stream of it, synchronises nothing and allocates by torch's
-// caching allocator alone, so that CUDA graphs can capture it.
+// A call runs on the input's device and on torch's current stream of that device. It never synchronises and allocates
+// only through torch's caching allocator, so CUDA graphs can capture it.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdio>
@@ -13,8 +14,8 @@
 #include "heuristics.h"
 #include "launch.h"
 
-// Only in torch's CUDA library: a strong reference would keep ours from loading with a torch that has none. Found as
-// long as ours is linked to libtorch (build_config.py).
+// Defined only in torch's CUDA library. A strong reference would keep this library from loading with a torch without
+// CUDA. The symbol is found because this library is linked to libtorch (build_config.py).
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace conv1x1 {
@@ -24,7 +25,7 @@ constexpr int32_t kCudaDevice = 1;  // of DeviceType
 
 void raise_if_failed(cudaError_t error, const std::string& doing) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that does not stick would otherwise be met again by the next call that looks
+  cudaGetLastError();  // clears the error, which a later call would otherwise report again
   throw std::runtime_error("conv1x1: " + doing + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
@@ -45,15 +46,15 @@ std::vector<cuda::Device> all_devices() {
   return devices;
 }
 
-// Facts of the machine, asked for once. The queries touch no context and are legal in a stream capture.
+// Facts of the machine, read once. The queries need no context and are legal in a stream capture.
 const cuda::Device& device_at(int32_t index) {
   static const std::vector<cuda::Device> devices = all_devices();
   return devices.at(static_cast<size_t>(index));
 }
 
 #if defined(CONV1X1_TUNING)
-// Only in a library that was built for bench/cuda_tiles.py, by CONV1X1_TUNING=1: there a process tries tiles and models
-// through the operators as they are. No other library has a global that a call could change.
+// Only in a library built with CONV1X1_TUNING=1, for bench/cuda_tiles.py. There a process tries tiles and cost models
+// through the unchanged operators. No other build has a global that a call could change.
 cuda::Tuning& tuning() {
   static cuda::Tuning tuning;
   return tuning;
@@ -76,7 +77,7 @@ bool verbose() {
   return value;
 }
 
-// The check comes before anything is asked of a driver that may not be there.
+// Checked first, before any call to a driver that may be missing.
 int32_t cuda_index(const ConvArgs& args) {
   if (args.input.device_type != kCudaDevice)
     raise_if("conv1x1: input: expected a CUDA tensor in a CUDA kernel, got a tensor of another device");
@@ -89,8 +90,8 @@ class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const ConvArgs& args)
       : index_(cuda_index(args)), guard_(index_), device_(device_of(index_)), allow_tf32_(args.allow_tf32) {
-    // torch's guard has switched devices by torch's copy of the CUDA runtime, and restores it. Ours is linked in, and
-    // launches on what it takes for the current device.
+    // torch's guard has set the device in torch's copy of the CUDA runtime, and will restore it. This library links a
+    // copy of its own, which launches on the current device of that copy.
     int current = -1;
     raise_if_failed(cudaGetDevice(&current), "asking for the current device");
     if (current != index_) raise_if_failed(cudaSetDevice(index_), "switching to the input's device");
@@ -138,7 +139,7 @@ class CudaBackend final : public Backend {
   }
 
  private:
-  // Given back at the end of the pass: what torch hands it to next runs later on the same stream.
+  // Released at the end of the pass. Its next owner runs later on the same stream.
   struct Workspace {
     Workspace(int64_t bytes, int32_t index) {
       if (bytes == 0) return;
@@ -184,8 +185,8 @@ std::string cuda_build_info() { return "cuda_archs=" CONV1X1_CUDA_ARCHS "\nnvcc=
 STABLE_TORCH_LIBRARY_IMPL(conv1x1_ext, CUDA, m) { conv1x1::Operators<conv1x1::CudaBackend>::implement(m); }
 
 #if defined(CONV1X1_TUNING)
-// Called through ctypes while nothing else runs. `tile` and `slices`: Tuning's. The models, where not null: alone of
-// each tile, full of each, then CostModel's other members in order.
+// Called through ctypes while nothing else runs. `tile` and `slices` are those of Tuning. A model, if not null, has
+// `alone` of each tile, then `full` of each tile, then the other members of CostModel in order.
 extern "C" __attribute__((visibility("default"))) void conv1x1_ext_tune(int tile, int64_t slices, const double* bits16,
                                                                         const double* tf32) {
   using namespace conv1x1::cuda;

@@ -1,5 +1,5 @@
-// What every kernel uses: axes and operands as the device sees them, conversions, masks, tile indices, and the two
-// macros behind which kernels are launched and get their dynamic shared memory (tests/cuda_on_cpu/ has its own).
+// What every kernel uses: axes and operands on the device, conversions, masks, tile indices, and two macros that launch
+// kernels and declare dynamic shared memory (tests/cuda_on_cpu/ defines its own).
 #pragma once
 
 #include "launch.h"
@@ -42,7 +42,7 @@ struct DeviceAxis {
   FastDivmod size[3];  // of all but the outermost dimension
   int64_t stride[4] = {0, 0, 0, 0}, aux_stride[4] = {0, 0, 0, 0};
 
-  // Most axes are linear. The rest is a loop that is not unrolled: it is in every loader, several times.
+  // Most axes are linear. The loop for the others is not unrolled, because every loader contains it several times.
   __device__ __forceinline__ Offsets at(uint32_t index) const {
     Offsets o{0, 0};
     int d = 0;
@@ -69,7 +69,7 @@ struct Operand {
   // count is a multiple of it, so that a chunk exists or does not.
   int chunk_log2 = 0;
   bool k_unit = false;   // that index is k
-  bool streams = false;  // linear along k, and whole vectors if that is k: tensor-core kernels only move pointers on
+  bool streams = false;  // linear along k, and in whole vectors if k is contiguous: pointers only advance
   int64_t group_stride = 0, aux_group_stride = 0, image_stride = 0;
 };
 
@@ -87,14 +87,14 @@ struct GemmParams {
   uint32_t m = 0, n = 0, k = 0;
   uint32_t groups = 1, images = 1;  // images > 1 only where each is a GEMM of its own (average pooling)
   uint32_t tiles_m = 1, tiles_n = 1;
-  // Order of the tiles: the index with fewer of them runs first, so that L2 serves the other operand.
+  // Order of the tiles: the index with fewer tiles is the fastest, so that L2 serves the other operand.
   bool m_fastest = false;
-  FastDivmod inner_tiles, outer_tiles, per_group, per_image;  // a block's number, taken apart from the innermost on
+  FastDivmod inner_tiles, outer_tiles, per_group, per_image;  // divide a block's number, from the innermost index on
   uint32_t slices = 1, slice = 0;
   Mask mask = Mask::kNone;
   Activation activation = Activation::kNone;
   float lower = 0, upper = 0;  // none, ReLU and ReLU6 as a range
-  bool rare = false;           // pooled, or an activation that is no range: the epilogue that is not inlined
+  bool rare = false;           // pooling, or an activation that is no range: rare_epilogue()
   const void* bias = nullptr;
   int64_t bias_stride = 0;
   bool bias_along_m = false;
@@ -163,7 +163,7 @@ __device__ __forceinline__ bool passes(Acc y, Mask mask) {
   return mask == Mask::kNone || (!(y <= Acc(0)) && (mask == Mask::kReLU || !(y >= Acc(6))));
 }
 
-// kCount elements moved as one, the type's alignment being the access's width.
+// kCount elements that one access moves. The type's alignment is the width of the access.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Chunk {
   T value[kCount];

@@ -1,9 +1,9 @@
-// What happens to a tile of accumulators that lies in shared memory: bias + residual + activation + rounding + store;
-// or, unfinished, partial sums for split-K; or sums over the pixels for average pooling. All of it for CUDA cores; for
-// tensor cores what mma_epilogue.cuh does not do in registers.
+// What happens to a tile of accumulators in shared memory: bias + residual + activation + rounding + store; or storing
+// unfinished partial sums for split-K; or sums over the pixels for average pooling. Kernels for CUDA cores use all of
+// it, tensor-core kernels use it where mma_epilogue.cuh does not finish a tile in registers.
 //
-// The kernel lays kRows rows of accumulators at a time into shared memory, row-major with kPad elements between rows,
-// so that stores to global memory are whole lines whatever the registers' layout is.
+// The kernel writes kRows rows of accumulators at a time to shared memory, row-major with kPad elements between rows.
+// Stores to global memory are then whole lines, whatever the layout of the registers.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +11,7 @@
 
 namespace conv1x1::cuda {
 
-// Two rows that mma's lanes write at once meet no bank twice.
+// The padding keeps two rows that mma's lanes write at once in different banks.
 template <int kBlockN>
 constexpr int kEpilogueStride = kBlockN + kPad;
 
@@ -40,7 +40,8 @@ __device__ __forceinline__ Acc activate(Acc x, Activation activation) {
   return x;
 }
 
-// gradient * d activation(x) / dx; where the activation holds the gradient back zero, whatever it is, as in torch.
+// gradient * d activation(x) / dx. Zero where the activation holds the gradient back, even if the gradient is NaN, as
+// in torch.
 template <class Acc>
 __device__ __forceinline__ Acc activation_gradient(Acc gradient, Acc x, Activation activation) {
   switch (activation) {
@@ -75,7 +76,8 @@ __device__ __forceinline__ void finish(Acc sum, const GemmParams& p, uint32_t gr
   static_cast<T*>(p.d.data)[group * p.d.group_stride + row.data + col.data] = narrow<T>(activate(sum, p.activation));
 }
 
-// None, ReLU and ReLU6 are a range; the others come element by element, as their expf and erff are a lot of code.
+// None, ReLU and ReLU6 are a range. The other activations are applied one element at a time, because expf and erff are
+// much code.
 template <bool kRange, class Acc>
 __device__ __forceinline__ Acc finished(Acc x, const GemmParams& p) {
   if constexpr (kRange)
@@ -85,7 +87,7 @@ __device__ __forceinline__ Acc finished(Acc x, const GemmParams& p) {
 }
 
 // The tile's rows: sums + bias + residual, activated, rounded, stored, kChunk neighbours along n at a time. A thread
-// has the same columns in every row that it takes, so that what depends on n is worked out once.
+// has the same columns in all of its rows, so what depends on n is computed once.
 template <int kChunk, bool kRange, class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void store_rows(const Acc* tile, const GemmParams& p, uint32_t group, uint32_t m0,
                                            uint32_t n0, bool biased) {
@@ -136,7 +138,7 @@ __device__ __forceinline__ void store_partials(const Acc* tile, const GemmParams
         load_chunk<kChunk>(tile + row * kEpilogueStride<kBlockN> + col);
 }
 
-// Sums of activation(tile + bias) over the tile's pixels: of one image, as the grid has images of its own.
+// Sums of activation(tile + bias) over the tile's pixels, all of one image, because each image is a GEMM of its own.
 template <class T, int kRows, int kBlockN, int kThreads, class Acc>
 __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
                                           uint32_t n0, uint32_t slot) {
@@ -160,8 +162,8 @@ __device__ __forceinline__ void pool_rows(const Acc* tile, const GemmParams& p, 
   }
 }
 
-// What is rare or not a range. Not inlined: with expf and erff in every kernel, code and compile time are ten times as
-// large. It sees the parameters through a pointer, and must not load them again after every store.
+// Pooling, and activations that are not a range. Not inlined: with expf and erff in every kernel, code and compile time
+// would be ten times as large. The parameters are __restrict__, so that they are not loaded again after every store.
 template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
 __device__ __noinline__ void rare_epilogue(const Acc* tile, const GemmParams* __restrict__ params, int pass) {
   const GemmParams& p = *params;
@@ -174,8 +176,8 @@ __device__ __noinline__ void rare_epilogue(const Acc* tile, const GemmParams* __
     store_rows<1, false, T, kRows, kBlockN, kThreads>(tile, p, t.group, m0, n0, false);
 }
 
-// The kRows rows of pass `pass` of this block's tile, which lie in shared memory, with the bias in them or not; every
-// thread calls.
+// Finishes the kRows rows of pass `pass` of this block's tile, which lie in shared memory. `biased`: they contain the
+// bias already. All threads of the block call it.
 template <class T, int kBlockM, int kBlockN, int kRows, int kThreads, class Acc>
 __device__ __forceinline__ void epilogue(const Acc* tile, const GemmParams& p, const TileIndex& t, int pass,
                                          bool biased) {

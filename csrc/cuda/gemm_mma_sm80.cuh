@@ -15,7 +15,7 @@
 
 namespace conv1x1::cuda {
 
-// Of the architecture that is compiled for; data-center chips have 164 KiB or more.
+// Shared memory of a multiprocessor of the architecture that is compiled for. Data-center chips have 164 KiB or more.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kSharedPerMultiprocessor = 100 * 1024;
 #else
@@ -35,15 +35,15 @@ struct MmaConfig {
   static constexpr int kThreads = mma_threads(kShape);
   static constexpr int kBlockK = kBlockKBytes / sizeof(T), kStages = mma_stages(kOf);
   static constexpr int kStageBytes = mma_stage_bytes(kOf, kShape), kSharedBytes = mma_shared_bytes(kOf, kShape);
-  // With a mask's fragments besides, two steps at once would need more registers than there are.
+  // With the fragments of a mask, two steps at once would need too many registers.
   static constexpr int kUnroll = kMasked == Masked::kNone ? 2 : 1;
-  // Blocks that a multiprocessor is to hold: 512 threads' worth, or as many as its shared memory has room for.
+  // Blocks that a multiprocessor should hold: 512 threads, or as many blocks as its shared memory has room for.
   static constexpr int kRoom =
       kSharedPerMultiprocessor / kSharedBytes > 1 ? kSharedPerMultiprocessor / kSharedBytes : 1;
   static constexpr int kBlocks = 512 / kThreads < kRoom ? 512 / kThreads : kRoom;
 };
 
-// From where on a mask bars, as the bits of a fragment register: 6 for ReLU6; NaN, which nothing reaches, for ReLU.
+// The upper limit of a mask as the bits of a fragment register: 6 for ReLU6; NaN for ReLU, since no value is >= NaN.
 template <class T>
 __device__ __forceinline__ uint32_t upper_of(Mask mask) {
   const float value = mask == Mask::kReLU6 ? 6.0f : __uint_as_float(0x7fffffffu);
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t upper_of(Mask mask) {
     return ptx::pack(value, value, T());
 }
 
-// A fragment register of dy where the saved output lets it through; a NaN does.
+// dy where the saved output y lets it pass, else zero. A NaN in y lets it pass.
 template <class T>
 __device__ __forceinline__ uint32_t masked(uint32_t dy, uint32_t y, uint32_t upper) {
   if constexpr (sizeof(T) == 4) {
@@ -77,9 +77,9 @@ __device__ __forceinline__ float sum_of(uint32_t bits) {
   }
 }
 
-// Where a lane's part of a warp's fragments lies in a tile of kBlock indices of m or n: worked out once for the first
-// fragment and step. All others differ by constants, as the swizzle is an exclusive or of bits that are zero in the
-// first one's place.
+// Loads a lane's part of a warp's fragments from a tile of kBlock indices of m or n. The place of the first fragment
+// and step is computed once. All others differ by constants, because the swizzle is an exclusive or with bits that are
+// zero in the first place.
 template <class T, Major kMajor, int kBlock, bool kIsA>
 class FragmentReader {
   using Layout = TileLayout<T, kMajor, kBlock>;

@@ -18,10 +18,10 @@ struct SimtConfig {
   static constexpr int kBlock = kBlock_, kBlockK = kBlockK_, kThreads = kSimtThreads;  // square tiles
   static constexpr int kPerThread = kBlock / 16;                                       // rows and columns
   static constexpr int kLoads = 4;            // elements of A, and of B, a thread loads
-  static constexpr int kStride = kBlock + 4;  // the padding keeps transposing stores off each other's banks
+  static constexpr int kStride = kBlock + 4;  // the padding keeps transposing stores in different banks
   static constexpr int kMainloopBytes = 4 * kBlockK * kStride * static_cast<int>(sizeof(Acc));
   static constexpr int kRows = kSimtRows;
-  static constexpr int kBlocks = sizeof(Acc) == 8 ? 1 : 2;  // that a multiprocessor is to hold: bounds the registers
+  static constexpr int kBlocks = sizeof(Acc) == 8 ? 1 : 2;  // that a multiprocessor should hold: bounds the registers
   static constexpr int kTileBytes = kEpilogueBytes<Acc, kRows, kBlock>;
   static constexpr int kSharedBytes = kMainloopBytes > kTileBytes ? kMainloopBytes : kTileBytes;
   static_assert(kBlock * kBlockK == kLoads * kThreads && (kPerThread == 4 || kPerThread == 8));

@@ -1,5 +1,5 @@
-// Which tile for which problem: the tables of kernel instantiations and the cost model that chooses among them.
-// Constexpr tables and pure functions; read by plan.cpp (to choose) and by gemm_mma_table.cuh (to instantiate).
+// The tables of kernel instantiations, and the cost model that chooses a tile and a split of k. All are constexpr
+// tables and pure functions: plan.cpp chooses by them, and gemm_mma_table.cuh instantiates them.
 #pragma once
 
 #include <cstdint>
@@ -20,9 +20,9 @@ constexpr int mma_threads(const Tile& tile) { return 32 * (tile.m / tile.warp_m)
 constexpr int kMmaTileCount = 4;
 constexpr unsigned k128x128 = 1, k128x64 = 2, k64x128 = 4, k64x64 = 8;
 
-// Every pass's natural layouts have a kernel; other combinations take the one that fits the larger operand, and the
-// other is gathered in pieces of 4 bytes or repacked. A tall or wide tile is there where one side is all pixels and the
-// other few channels.
+// The natural layouts of every pass have a kernel. Another combination takes the kernel that fits the larger operand;
+// the other operand is copied in pieces of 4 bytes or repacked. Tall and wide tiles are for passes with pixels on one
+// side and few channels on the other.
 struct MmaKind {
   Major a, b;
   Masked masked;
@@ -50,7 +50,7 @@ constexpr int kMmaKindCount = 7;
 
 constexpr int kBlockKBytes = 64;  // of k in a stage
 
-// Three tiles a stage where there is a mask: fewer stages keep two blocks on a multiprocessor.
+// With a mask a stage has three tiles. Fewer stages then leave room for two blocks on a multiprocessor.
 constexpr int mma_stages(const MmaKind& kind) { return kind.masked == Masked::kNone ? 4 : 3; }
 
 constexpr int mma_stage_bytes(const MmaKind& kind, const Tile& tile) {
@@ -58,7 +58,7 @@ constexpr int mma_stage_bytes(const MmaKind& kind, const Tile& tile) {
   return (tile.m + tile.n + aux) * kBlockKBytes;
 }
 
-constexpr int kPad = 8;  // elements between rows of a tile that the epilogue lays into shared memory
+constexpr int kPad = 8;  // elements between rows of a tile in the epilogue's shared memory
 
 constexpr int mma_shared_bytes(const MmaKind& kind, const Tile& tile) {
   const int mainloop = mma_stages(kind) * mma_stage_bytes(kind, tile), rows = tile.m * (tile.n + kPad) * 4;
@@ -76,8 +76,8 @@ constexpr int kSimtBlockK[] = {8, 16};
 constexpr int kSimtThreads = 256;
 constexpr int kSimtRows = 64;  // of a tile that the epilogue takes at a time, to fit into any GPU's 48 KiB
 
-// Cycles of one multiprocessor, roughly: what counts is how tiles and splits compare. A stage of k takes a block
-// `alone` cycles where latencies decide, and `full` where blocks side by side keep the units busy.
+// Cycles of one multiprocessor, roughly: only the comparison of tiles and splits matters. A stage of k takes a block
+// `alone` cycles where latencies decide, and `full` cycles where several blocks keep the units busy.
 struct TileCost {
   double alone, full;
 };
@@ -89,19 +89,19 @@ struct CostModel {
   double reduction, reduced_bytes;   // one more launch, and bytes a cycle that it reads and writes
 };
 
-// Of the tensor-core kernels: fitted on an H100 to the times of every tile and split, of the layers of bench/shapes'
-// resnet50 and seed at batch 1 and 32, all passes and both layouts, so that what is chosen is as near to the best as
-// can be: 1.5 % and 1 % behind it in the mean.
+// The tensor-core kernels. Fitted on an H100 to the times of every tile and split, for the layers of resnet50 and seed
+// in bench/shapes at batch 1 and 32, all passes and both layouts. The choices of the fitted models are 1.5 % and 1 %
+// slower than the best ones in the mean.
 constexpr CostModel kCost16Bits = {{{1020, 510}, {1130, 260}, {1190, 350}, {760, 250}}, 5300, 3900, 1.4, 1.8, 3200, 30};
 constexpr CostModel kCostTf32 = {{{1160, 790}, {930, 400}, {1020, 560}, {830, 370}}, 7800, 3300, 1.5, 1.5, 3200, 12};
 
-// Of those for CUDA cores, which reach 70 % of 128 multiply-adds a cycle in float32, and 40 in float64.
+// The kernels for CUDA cores. They reach 70 % of 128 multiply-adds a cycle in float32, and 40 multiply-adds in float64.
 constexpr CostModel simt_cost(double multiply_adds) {
   const double large = kSimtBlockK[0] * 128 * 128 / multiply_adds, small = kSimtBlockK[1] * 64 * 64 / multiply_adds;
   return {{{1.3 * large, large}, {1.6 * small, 1.4 * small}}, 4000, 2000, 1, 1, 4000, 12};
 }
 
-// What bench/cuda_tiles.py and the emulation's tests have otherwise than a plan would choose it.
+// Overrides of a plan's choices, for bench/cuda_tiles.py and the emulation's tests.
 struct Tuning {
   int tile = -1;       // of the tensor cores' tiles, wherever it exists; -1: any
   int64_t slices = 0;  // of k with that tile; 0: as the model says
@@ -116,9 +116,9 @@ struct Choice {
   double cycles = 0;
 };
 
-// The cheapest split of k for one tile shape, `together` blocks of it sharing a multiprocessor. Slices are whole
-// multiples of block_k * 4, so that split-K never pays more for its partial sums than it gains. `only_slices` > 0:
-// that many, or as many as leave none empty.
+// The cheapest split of k for one tile shape, where `together` blocks share a multiprocessor. Slices are multiples of
+// block_k * 4, so that partial sums never cost more than the split gains. `only_slices` > 0: that many slices, or fewer
+// where some would be empty.
 inline Choice best_split(const CostModel& cost, int index, const Tile& tile, int together, bool masked, int64_t m,
                          int64_t n, int64_t k, int64_t batch, int accumulator_bytes, int block_k, int sm_count,
                          bool may_split, int64_t only_slices) {

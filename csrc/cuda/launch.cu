@@ -18,8 +18,8 @@ int log2_of(int power) {
   return log2;
 }
 
-// A or B of a problem, and what the plan says of it. `images` > 1: GEMMs of their own, `image_stride` elements of the
-// pixels' operand, the one that is not the weight, apart.
+// A or B of a problem, and what the plan says about it. `images` > 1: each image is a GEMM of its own. They lie
+// `image_stride` elements apart in the operand that is not the weight.
 struct Side {
   const Matrix& matrix;
   const Axis &mn, &k;
@@ -162,7 +162,7 @@ cudaError_t launch_repack(const GemmProblem& g, const Side& side, void* workspac
   return cudaGetLastError();
 }
 
-// The operands that need it, into the workspace.
+// Copies the operands that need it into the workspace.
 template <class T>
 cudaError_t launch_repacks(const GemmProblem& g, const Plan& plan, int64_t images, int64_t image_stride,
                            void* workspace, cudaStream_t stream) {
@@ -239,7 +239,7 @@ DeviceAxis device_axis(const Axis& axis) {
     out.aux_stride[d] = axis.aux_stride[from];
     if (d + 1 < axis.nd) out.size[d] = FastDivmod(static_cast<uint32_t>(axis.size[from]));
   }
-  // A single index may have any stride: pointers beyond it, which nobody follows, stay aligned.
+  // The stride of a single index is never used for data. Zero keeps the pointers that are computed with it aligned.
   if (axis.count == 1) out.stride[0] = out.aux_stride[0] = 0;
   return out;
 }

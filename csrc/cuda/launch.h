@@ -26,8 +26,9 @@ struct Device {                    // what a plan may depend on beside the probl
 
 enum class Kernel : int { kSimt, kMma };
 
-// A copy of an operand in the workspace, where its tensor allows no copies of 4 bytes (odd rows of 16-bit elements) or
-// none of neighbours (strided pixels): every index along which its tile is contiguous, `pitch` elements apart, masked.
+// A masked copy of an operand in the workspace. It is needed where the tensor allows no copies of 4 bytes: odd rows, or
+// strided pixels, of 16-bit elements. The copy is contiguous along the index along which the tile is; its rows are
+// `pitch` elements apart.
 struct Repack {
   bool needed = false;
   int64_t pitch = 0, at = 0, bytes = 0;  // `at` in the workspace
@@ -46,7 +47,8 @@ struct Plan {
   int64_t partials = 0, row_sums = 0, workspace = 0;  // device memory in bytes; workspace is all of it
 };
 
-// `images` > 1: as many GEMMs of this shape, `image_stride` elements of the pixels' operand apart (average pooling).
+// `images` > 1: that many GEMMs of this shape, `image_stride` elements apart in the operand with the pixels (average
+// pooling).
 Plan make_plan(const GemmProblem& problem, const Device& device, bool allow_tf32, int64_t images = 1,
                int64_t image_stride = 0);
 // "key=value" lines, as the CPU's describe().
@@ -62,8 +64,9 @@ int64_t avg_pool_workspace(const Conv1x1Problem& p, const Device& device, bool a
 cudaError_t run_avg_pool(const Conv1x1Problem& p, void* out, const Device& device, bool allow_tf32, void* workspace,
                          cudaStream_t stream);
 // Its gradients, written to p.dx, p.dw and p.dbias where those have data; p.dy has no pixel strides. The pre-activation
-// is recomputed a piece at a time, which is most of the workspace: a quarter of the images, or as many as have 2^24
-// elements where that is more, and at least one. Of several pieces half types' dw and dbias add up in float32.
+// is recomputed in pieces, and a piece is most of the workspace. A piece is a quarter of the images, or as many as have
+// 2^24 elements where that is more, and at least one image. With several pieces, dw and dbias of half types are added
+// in float32.
 int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& device, bool allow_tf32);
 cudaError_t run_avg_pool_backward(const Conv1x1Problem& p, const Device& device, bool allow_tf32, void* workspace,
                                   cudaStream_t stream);

@@ -1,6 +1,6 @@
-// From the tensor cores' accumulators to D. The bias is what the sums start from; a range activation and the rounding
-// happen in registers; the tile passes shared memory once, in its own type, so that stores are whole lines whatever the
-// layout. Partial sums go straight to memory. What has a residual, or is rare, goes the way of epilogue.cuh.
+// From the tensor cores' accumulators to D. The sums start from the bias. None, ReLU, ReLU6 and the rounding are
+// applied in registers. The rounded tile passes shared memory once, so that stores are whole lines in any layout.
+// Partial sums go straight to memory. Tiles with a residual, pooling or another activation use epilogue.cuh.
 #pragma once
 
 #include "epilogue.cuh"
@@ -21,7 +21,7 @@ struct FragmentPlace {
 template <class C>
 using Sums = float[C::kWarpM / 16][C::kWarpN / 8][4];
 
-// The bias, where these sums will be finished here; else zero.
+// Sets the sums to the bias, or to zero where another function will add it.
 template <class C>
 __device__ __forceinline__ void start_sums(Sums<C>& sums, const GemmParams& p, const TileIndex& t,
                                            const FragmentPlace<C>& place) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void start_sums(Sums<C>& sums, const GemmParams& p, c
   }
 }
 
-// The sums of one slice of k: a quad's are 32 bytes in a row.
+// Stores the sums of one slice of k. Four lanes write 32 consecutive bytes.
 template <class C>
 __device__ __forceinline__ void store_partial_sums(const Sums<C>& sums, const GemmParams& p, const TileIndex& t,
                                                    const FragmentPlace<C>& place) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store_partial_sums(const Sums<C>& sums, const Ge
     }
 }
 
-// A finished tile from shared memory to D.
+// Copies a finished tile from shared memory to D.
 template <int kChunk, class T, int kBlockM, int kBlockN, int kThreads>
 __device__ __forceinline__ void copy_tile(const T* tile, const GemmParams& p, const TileIndex& t, uint32_t m0,
                                           uint32_t n0) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void copy_tile(const T* tile, const GemmParams& p, co
         load_chunk<kChunk>(tile + row * kEpilogueStride<kBlockN> + col);
 }
 
-// Range activations without a residual.
+// Finishes a tile with a range activation and without a residual.
 template <class C>
 __device__ __forceinline__ void store_finished(const Sums<C>& sums, const GemmParams& p, const TileIndex& t,
                                                const FragmentPlace<C>& place, unsigned char* shared) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void store_finished(const Sums<C>& sums, const GemmPa
     copy_tile<1, T, C::kBlockM, C::kBlockN, C::kThreads>(tile, p, t, place.m0, place.n0);
 }
 
-// All of it. Every thread calls, and nobody reads or fills the stages any more.
+// The whole epilogue. All threads of the block call it, after the stages were last read and filled.
 template <class C>
 __device__ __forceinline__ void finish_sums(const Sums<C>& sums, const GemmParams& p, const TileIndex& t,
                                             const FragmentPlace<C>& place, unsigned char* shared) {

@@ -100,7 +100,7 @@ Pieces pieces_of(const Conv1x1Problem& p, const Device& device) {
   return pieces;
 }
 
-// One piece's problem: its images, with what it needs at `workspace`.
+// The problem of one piece: its images, with its pre-activation at `workspace`.
 Conv1x1Problem piece_of(const Conv1x1Problem& p, const Pieces& pieces, int64_t first, void* workspace) {
   Conv1x1Problem q = p;
   q.batch = std::min(pieces.images, p.batch - first);
@@ -212,7 +212,7 @@ int64_t avg_pool_backward_workspace(const Conv1x1Problem& p, const Device& devic
   const Pieces pieces = pieces_of(p, device);
   int64_t gemm = 0;
   const auto count = [&](const GemmProblem& g) { gemm = std::max(gemm, make_plan(g, device, allow_tf32).workspace); };
-  // Piece by piece: one may be smaller, so that it is split into more slices, or lie at odd addresses.
+  // Every piece is planned: a smaller one may be split into more slices, and a piece may begin at an odd address.
   for (int64_t first = 0; first < std::max<int64_t>(1, p.batch); first += std::max<int64_t>(1, pieces.images)) {
     Conv1x1Problem q = piece_of(p, pieces, first, planned_address());
     count(lower_fprop(q));

@@ -17,8 +17,9 @@ constexpr int64_t kLimit = int64_t{1} << 31;
 #define CONV1X1_CUDA_ARCHS ""
 #endif
 
-// The built architecture whose code runs on a device: the same major version and no higher a minor one, else PTX of any
-// lower one; code with a suffix (9.0a) on exactly that architecture. 0 where there is none.
+// The built architecture whose code runs on a device, or 0. Code runs on devices of the same major version and the same
+// or a higher minor version. PTX runs on every later device. Code with a suffix (9.0a) runs on exactly that
+// architecture.
 int built_for(int arch) {
   const std::string list = CONV1X1_CUDA_ARCHS;
   if (list.empty()) return arch;
@@ -118,8 +119,8 @@ void plan_operand(const Matrix& matrix, const Axis& mn, const Axis& k, int64_t g
   repack.bytes = aligned(groups * images * other.count * repack.pitch * bytes);
 }
 
-// How each operand is copied; for tensor cores by the plan's kind. The images' stride belongs to the operand that has
-// pixels, which is the one that is not the weight.
+// How each operand is copied; for tensor cores the plan's kind decides. The images' stride belongs to the operand with
+// the pixels, the one that is not the weight.
 void plan_operands(const GemmProblem& g, int64_t images, int64_t image_stride, int bytes, int limit, bool mma,
                    bool repack_a, bool repack_b, Plan& plan) {
   plan.a_k_unit = mma ? kMmaKinds[plan.kind].a == Major::kK : has_unit_stride(g.a.col);
@@ -143,14 +144,14 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   const CostModel cost = plan.tf32 ? tuned.tf32 : mma ? tuned.bits16 : simt_cost(g.dtype == DType::kFloat64 ? 40 : 90);
   bool masked_tiles = false;
   if (mma) {
-    // Nothing masks where there are no pixels: the saved output has no data then.
+    // Without pixels the saved output has no data, and nothing is masked.
     const Masked masked = g.mask == Mask::kNone ? Masked::kNone
                           : g.a.aux             ? Masked::kA
                           : g.b.aux             ? Masked::kB
                                                 : Masked::kNone;
     plan.kind = kind_of(g, masked);
     plan_operands(g, images, image_stride, bytes, 16 / bytes, true, false, false, plan);
-    // What is repacked is masked on the way, and the kernel has one tile less to carry.
+    // A repacked operand is masked by its copy, so the kernel needs no tile of the saved output.
     const bool repack_a = masked == Masked::kA && plan.a_repack.needed;
     const bool repack_b = masked == Masked::kB && plan.b_repack.needed;
     if (repack_a || repack_b) {
@@ -192,12 +193,12 @@ Plan make_plan(const GemmProblem& g, const Device& device, bool allow_tf32, int6
   plan.slices = best.slices;
   plan.slice = best.slice;
 
-  // Stores: whole vectors, for tensor cores also half of one, or single elements; only the latter know every
-  // activation.
+  // Stores of whole vectors, for tensor cores also of half vectors, or of single elements. Only stores of single
+  // elements can apply every activation.
   const int vector = 16 / bytes, stored = chunk_of(g.d, g.d.col, g.d.row, g.groups, 0, bytes, vector, true);
   const bool halves = mma && bytes == 2 && stored >= 4 && !g.d.aux;
   plan.d_chunk = !masks_from_output(g.activation) ? 1 : stored == vector ? vector : halves ? 4 : 1;
-  // Half types' sums come to D as float32 by the second pass alone.
+  // Only the second pass can store sums of half types as float32.
   const bool joins = plan.slices > 1 || g.out_dtype != g.dtype;
   if (joins && g.n > 0) plan.partials = aligned(plan.slices * g.groups * g.m * g.n * accumulator);
   if (g.row_sums.data) plan.row_sums = aligned(plan.slices * g.groups * g.m * accumulator);

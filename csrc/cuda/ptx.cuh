@@ -1,5 +1,5 @@
-// All inline PTX, and nothing else. tests/cuda_on_cpu/ has a CPU version of every function here, so that the kernels
-// run on a CPU from the same sources.
+// All inline PTX. tests/cuda_on_cpu/ has a CPU version of every function in this file, so the kernels run on a CPU from
+// the same sources.
 #pragma once
 
 #ifdef CONV1X1_CUDA_ON_CPU
@@ -18,19 +18,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A value that the compiler must keep in a register, as it no longer knows how to work it out again.
+// Hides from the compiler how `value` was computed, so that it keeps the value in a register.
 __device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
 
-// blockIdx.x, asked for now: what is worked out from it is not kept from before.
+// Reads blockIdx.x at this point, so that values derived from it need no registers before.
 __device__ __forceinline__ uint32_t block_index() {
   uint32_t index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;
 }
 
-// Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, or of as many zeros where not `valid`: then
-// `global` is not read. Both addresses are multiples of kBytes. (A count of valid bytes instead costs ten
-// instructions.)
+// Asynchronous copy of kBytes (4, 8 or 16) from global to shared memory, or of as many zeros where `valid` is false;
+// then `global` is not read. Both addresses are multiples of kBytes. (PTX also has a form with a count of valid bytes,
+// which costs ten instructions.)
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -50,7 +50,8 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most kPending of this thread's groups are still under way. Other threads' copies need a barrier too.
+// Waits until at most kPending of this thread's groups are still being copied. Other threads' copies need a barrier
+// too.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

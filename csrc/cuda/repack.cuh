@@ -20,7 +20,7 @@ struct RepackParams {
   Mask mask = Mask::kNone;
 };
 
-// A chunk a thread; past the last unit are zeros.
+// Each thread copies one chunk. Zeros follow the last unit.
 template <class T>
 __global__ void __launch_bounds__(kRepackThreads) repack(const __grid_constant__ RepackParams p) {
   constexpr int kVector = 16 / sizeof(T);

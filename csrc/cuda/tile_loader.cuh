@@ -8,10 +8,10 @@
 //   Major::kMN: a row is an index of k; kBlock elements of m. Chunk c of row r lies at c ^ (r % 8) for 16-bit types, at
 //   c ^ 2 (r % 4) for 32-bit ones,
 //
-// so that neither the copies nor ldmatrix (or, for 32-bit kMN, plain loads) meet a bank twice. Where the tensor's
-// strides or alignment do not allow 16 bytes at once, a chunk is copied in pieces of 8 or 4: the alignment tiers. (What
-// allows no 4 was repacked, repack.cuh.) Past the end of k are zeros; past the end of m or n something finite or not,
-// whose sums nobody stores. Any strides are right; the tier only decides the speed.
+// so that the copies and ldmatrix (for 32-bit kMN: plain loads) have no bank conflicts. Where the tensor's strides or
+// alignment do not allow 16 bytes at once, a chunk is copied in pieces of 8 or 4: the alignment tiers. (A tensor that
+// does not allow 4 bytes was repacked, repack.cuh.) Zeros follow the end of k. Past the end of m or n a tile has
+// arbitrary values; sums with them are not stored. Any strides give right results; the tier only decides the speed.
 #pragma once
 
 #include "device.cuh"
@@ -52,8 +52,8 @@ class TileLoader {
   struct Share {
     static constexpr int kStep = kThreads * kCount / kLine, kRounds = Layout::kRows / kStep;
     static_assert(kRounds * kStep == Layout::kRows && (!kAlongK || kStep % 16 == 0));
-    // From the first row's place to another's, as the swizzle differs where rows are not a multiple of its period
-    // apart.
+    // The difference between the swizzles of the first row and of row i. Zero where their distance is a multiple of the
+    // swizzle's period.
     static __device__ __forceinline__ constexpr int swizzle(int i) {
       return kAlongK ? 0 : kSize == 2 ? (i * kStep & 7) << 4 : (i * kStep & 3) << 5;
     }
@@ -74,7 +74,7 @@ class TileLoader {
       data_[i] = data;
       aux_[i] = aux;
       if (kAlongK && !o.streams) continue;
-      // What is past the end copies the last.
+      // Rows past the end copy the last row.
       const uint32_t mn = mn0_ + (kAlongK ? row + i * Share<kVector>::kStep : along);
       const Offsets at = o.mn.at(min(mn, o.mn_count - (kAlongK ? 1u : 1u << o.chunk_log2)));
       data_[i] += at.data;
@@ -127,7 +127,7 @@ class TileLoader {
   __device__ __forceinline__ int pieces() const { return kLine >> operand_.chunk_log2; }
   __device__ __forceinline__ int piece_along() const { return (threadIdx.x & (pieces() - 1)) << operand_.chunk_log2; }
 
-  // In a loop that is not unrolled: code is fetched, too.
+  // The loop is not unrolled, because fetching its code costs time as well.
   __device__ __forceinline__ void load_pieces(unsigned char* tile, unsigned char* aux_tile, uint32_t k0,
                                               uint32_t k_end) const {
     const int along = piece_along(), step = kThreads / pieces(), bytes = kSize << operand_.chunk_log2;

@@ -4,7 +4,7 @@
 // pointer and two axes. An axis turns an index into an element offset and may be nested (image, depth, row, column),
 // so strided, sliced and expanded tensors, and tiles that span images, need no copy outside the packed panels.
 //
-// Made by lower.cpp from a Conv1x1Problem; run by cpu/driver.cpp and cuda/launch.cu, each after a plan of its own.
+// Made by lower.cpp from a Conv1x1Problem; run by cpu/run/driver.cpp and cuda/launch.cu, each after a plan of its own.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@
 
 namespace conv1x1 {
 
-// dz = dy where the mask lets it through. Written so that a NaN output passes the gradient, as in torch.
+// dz = dy where the mask lets it pass, else zero. A NaN in the saved output passes the gradient, as in torch.
 enum class Mask : int { kNone, kReLU, kReLU6 };
 
-// One GEMM index as up to four nested dimensions, outermost first. Neighbours that can be walked with one stride are
-// merged when the axis is made. `aux` belongs to a second tensor of the same shape: the saved output that masks A or
-// B, or the residual beside D.
+// One GEMM index as up to four nested dimensions, outermost first. Neighbouring dimensions that one stride connects are
+// merged when the axis is made. `aux` strides are those of a second tensor of the same shape: the saved output that
+// masks A or B, or the residual beside D.
 struct Axis {
   int nd = 1;
   int64_t count = 0;
@@ -29,7 +29,7 @@ struct Axis {
   int64_t inner_stride() const { return stride[nd - 1]; }
 };
 
-// A stretch of an axis that one stride walks.
+// Consecutive indices of an axis that one stride connects.
 struct Run {
   int64_t offset, aux_offset, length, stride, aux_stride;
 };
@@ -70,8 +70,8 @@ struct GemmProblem {
   DType out_dtype = DType::kFloat32;  // of D (and the residual) and row_sums: dtype, or float32 for half types
   int64_t groups = 1, m = 0, n = 0, k = 0;
   Matrix a, b, d;                                 // a: m x k, b: k x n, d: m x n
-  int64_t m_segment = 0, n_segment = 0;           // natural pieces of m and n: the pixels of one image, or all of it
-  bool a_is_weight = false, b_is_weight = false;  // pack once for all threads, not once per block
+  int64_t m_segment = 0, n_segment = 0;           // length of natural pieces of m and n: the pixels of an image, or all
+  bool a_is_weight = false, b_is_weight = false;  // the weight is packed once for all threads
 
   Mask mask = Mask::kNone;  // applied to the operand that has an aux tensor, as it is packed
   Activation activation = Activation::kNone;
@@ -81,18 +81,18 @@ struct GemmProblem {
   // dbias: sum of A's rows (after the mask), taken from the packed panels. groups * m elements.
   VectorView row_sums;
   bool row_sums_accumulate = false;
-  bool exchanged = false;  // wgrad with A and B in each other's roles: row_sums are those of B's columns, groups * n
+  bool exchanged = false;  // wgrad with A and B exchanged: row_sums are sums of B's columns, groups * n
 
   // Average pooling: instead of D, the sum over the pixels (n if pool_along_n, else m) of every image is wanted.
   bool pools = false, pool_along_n = false;
-  double* pool = nullptr;        // on the CPU where it goes, (images, groups * channels), zeroed by the caller
+  double* pool = nullptr;        // CPU: the result, (images, groups * channels), zeroed by the caller
   uint8_t* pool_mask = nullptr;  // Conv1x1Problem's
 
-  // The weight's panels, made by pack_weight() (cpu/plan.h) of the same weight, for a forward or dgrad of the same
-  // activation layout; null: packed, where need be, at every call.
+  // The weight's panels, made by pack_weight() (cpu/plan/plan.h) of the same weight, for a forward or dgrad of the same
+  // activation layout; null: the weight is packed at every call, if the kernel needs panels.
   const void* packed_weight = nullptr;
 
-  bool split_k = false;  // k is the long one (wgrad): cut it into slices that depend on the shape alone
+  bool split_k = false;  // wgrad: cut k into slices whose number depends on the shape alone
   bool narrow = false;   // few channels on one side of the weight: shorter chains along k
 };
 
@@ -101,7 +101,7 @@ GemmProblem lower_dgrad(const Conv1x1Problem& p);
 GemmProblem lower_wgrad(const Conv1x1Problem& p);
 GemmProblem lower_avg_pool(const Conv1x1Problem& p);
 
-// to(channel, pixel) = from(channel, pixel) under the mask of from.aux; the vectors along `to`'s unit stride (col).
+// to(channel, pixel) = from(channel, pixel) under the mask of from.aux. `col` is the index with unit stride in `to`.
 struct MaskedCopy {
   Matrix from, to;
   Mask mask;

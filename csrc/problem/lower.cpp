@@ -34,7 +34,7 @@ Axis make_axis(const int64_t* sizes, const int64_t* strides, const int64_t* aux,
       ++axis.nd;
     }
   }
-  if (axis.nd == 0) {  // one element: any stride describes it, and 1 is the one that fast paths like
+  if (axis.nd == 0) {  // one element: any stride is right, and 1 enables the fast paths
     axis.nd = 1;
     axis.size[0] = 1;
     axis.stride[0] = axis.aux_stride[0] = 1;
@@ -44,7 +44,8 @@ Axis make_axis(const int64_t* sizes, const int64_t* strides, const int64_t* aux,
 
 Axis linear(int64_t count, int64_t stride, int64_t aux) { return make_axis(&count, &stride, &aux, 1); }
 
-// The output's pixels, walked in a tensor of the output's size, or (strided) in one of the input's size.
+// The output's pixels as an axis of a tensor of the output's size or, with the convolution's stride, of the input's
+// size.
 Axis pixel_axis(const Conv1x1Problem& p, const ActivationView& t, const ActivationView* aux, bool input_sized) {
   const int64_t sizes[4] = {p.batch, p.out_size[0], p.out_size[1], p.out_size[2]};
   int64_t strides[4], aux_strides[4];
@@ -57,7 +58,7 @@ Axis pixel_axis(const Conv1x1Problem& p, const ActivationView& t, const Activati
   return make_axis(sizes, strides, aux ? aux_strides : nullptr, 4);
 }
 
-// Channels by pixels, of one group.
+// An activation tensor as a matrix, channels by pixels, of one group.
 Matrix activation_matrix(const Conv1x1Problem& p, const ActivationView& t, const ActivationView* aux, int64_t channels,
                          bool input_sized) {
   Matrix matrix;
@@ -92,7 +93,8 @@ constexpr int64_t kNarrow = 16;
 
 bool is_narrow(const Conv1x1Problem& p) { return p.c_in / p.groups <= kNarrow || p.c_out / p.groups <= kNarrow; }
 
-// out(channel, pixel) = sum_k w(channel, k) * in(k, pixel), the vectors along whichever index `unit` is contiguous in.
+// out(channel, pixel) = sum_k w(channel, k) * in(k, pixel), n, along which vectors run, is the index along which `unit`
+// is contiguous.
 GemmProblem pixelwise(const Conv1x1Problem& p, const Matrix& w, const Matrix& in, const Matrix& out,
                       const Matrix& unit) {
   GemmProblem g;
@@ -183,7 +185,7 @@ GemmProblem lower_wgrad(const Conv1x1Problem& p) {
     g.b = transposed(activation_matrix(p, p.x, nullptr, in, true));
     g.d = weight_matrix(p.dw, out, p.dw.stride_out, in, p.dw.stride_in, out * p.dw.stride_out);
     g.n = g.n_segment = in;
-    if (p.accumulate_dw) {  // as a residual that lies where the result goes
+    if (p.accumulate_dw) {  // the old dw is a residual at the address of the result
       g.d.aux = g.d.data;
       g.d.aux_group_stride = g.d.group_stride;
       for (Axis* axis : {&g.d.row, &g.d.col}) axis->aux_stride[0] = axis->stride[0];

@@ -1,6 +1,5 @@
-// What a 1x1 convolution is, without torch: the only thing the binding hands to the kernels.
-// Every tensor is seen as (N, C, D, H, W) with strides in elements; missing spatial dimensions have size 1.
-// Filled by the bindings, read by lower.cpp.
+// A 1x1 convolution as the binding hands it to the kernels, free of torch. Every tensor is seen as (N, C, D, H, W) with
+// strides in elements; missing spatial dimensions have size 1. Filled by the bindings, read by lower.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +8,7 @@ namespace conv1x1 {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// The order is the one of the private operators' config integer and of conv1x1_ext/ops.py.
+// The private operators' config integer and ACTIVATIONS in conv1x1_ext/_eager.py have the same order.
 enum class Activation : int32_t { kNone, kReLU, kReLU6, kSiLU, kHardswish, kGELU };
 constexpr int kActivationCount = 6;
 
@@ -18,7 +17,7 @@ inline const char* activation_name(Activation a) {
   return names[static_cast<int>(a)];
 }
 
-// Its derivative is a function of the output y alone: autograd saves y and never the pre-activation.
+// True if the derivative is a function of the output y alone. Autograd then saves y and not the pre-activation.
 inline bool masks_from_output(Activation a) {
   return a == Activation::kNone || a == Activation::kReLU || a == Activation::kReLU6;
 }
@@ -30,8 +29,8 @@ inline const char* dtype_name(DType t) {
   return names[static_cast<int>(t)];
 }
 
-// Where a tensor would lie that is planned for and never touched: as aligned as an allocation. (A null pointer says
-// that a tensor is not wanted, or has no elements.)
+// A placeholder for the address of a tensor that is planned for and never touched, aligned like an allocation. (A null
+// pointer means that a tensor is not wanted or has no elements.)
 inline void* planned_address() { return reinterpret_cast<void*>(intptr_t{256}); }
 
 struct ActivationView {  // input, output, residual or one of their gradients
@@ -64,13 +63,14 @@ struct Conv1x1Problem {
   ActivationView dy, dx;
   WeightView dw;
   VectorView dbias;
-  // Average pooling with ReLU or ReLU6: a bit for each output that is pooled, set where it lets the gradient through.
-  // Bits lie as D does in GemmProblem, (group, m, n); pool_mask_bytes() of them, zeroed before the forward.
+  // Average pooling with ReLU or ReLU6: a bit for each output that is pooled, set where the output lets the gradient
+  // pass. The bits are in the order of D in GemmProblem, (group, m, n). They take pool_mask_bytes(), which the caller
+  // zeroes before the forward.
   uint8_t* pool_mask = nullptr;
   bool accumulate_dw = false;  // dw += and dbias += instead of =
 
   int64_t pixels() const { return out_size[0] * out_size[1] * out_size[2]; }          // per image
-  int64_t pool_mask_bytes() const { return (batch * pixels() * c_out + 7) / 8 + 1; }  // the last may be read in pairs
+  int64_t pool_mask_bytes() const { return (batch * pixels() * c_out + 7) / 8 + 1; }  // bytes may be read in pairs
   bool strided() const { return stride[0] != 1 || stride[1] != 1 || stride[2] != 1; }
 };
 

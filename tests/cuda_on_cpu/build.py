@@ -64,7 +64,7 @@ def kernel_sources() -> list[Path]:
     """The library's CUDA kernels, their plans and launchers, and entry.cpp."""
     cuda = CSRC / "cuda"
     torch_free = [f for f in cuda.glob("*.cpp") if f.name not in ("conv1x1_cuda.cpp", "no_cuda.cpp")]
-    return [HERE / "entry.cpp", CSRC / "lower.cpp", *sorted([*cuda.glob("*.cu"), *torch_free])]
+    return [HERE / "entry.cpp", CSRC / "problem" / "lower.cpp", *sorted([*cuda.glob("*.cu"), *torch_free])]
 
 
 def sanitized_type() -> str:

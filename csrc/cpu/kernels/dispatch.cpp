@@ -1,4 +1,4 @@
-// Which microkernels exist and which one runs: the ordered table, the CPU's features, and CONV1X1_ISA.
+// The table of microkernels, in order, and the choice among them by the CPU's features and CONV1X1_ISA.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -39,10 +39,10 @@ Microkernel make_avx512_amx_float16();
 
 namespace {
 
-// Built where no ISA beyond the baseline is on: making an entry only fills in function pointers, but the functions
-// that do it are compiled for their ISA, so an entry this CPU cannot run is never made.
+// This file is compiled for the baseline instruction set. Each make_...() only fills in function pointers, but is
+// itself compiled for its own instruction set. So it is called only if this CPU runs that set.
 struct Table {
-  std::deque<Microkernel> kernels;  // which stay where they are as more are added
+  std::deque<Microkernel> kernels;  // a deque: pointers to its elements stay valid as it grows
   std::vector<const Microkernel*> pointers;
   std::vector<KernelSet> sets;
 
@@ -109,14 +109,14 @@ const Table& table() {
 }
 
 #if defined(__x86_64__)
-bool has_f16c() {  // no name for it in __builtin_cpu_supports of every compiler; it comes with AVX's registers
+bool has_f16c() {  // some compilers' __builtin_cpu_supports has no name for F16C
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
-// What this process lacks for AMX's bfloat16, or "". The operating system must save the tiles, and be asked for them
-// once per process; it refuses where a signal stack is too small for them.
+// What this process lacks for AMX's bfloat16, or "". The operating system must save the tiles, and a process must ask
+// for them once. It refuses where a signal stack is too small for them.
 const std::string& amx_missing() {
   static const std::string missing = []() -> std::string {
 #if defined(CONV1X1_TEST_EMULATES_AMX)  // by tests/amx alone: the instructions themselves are emulated
@@ -140,8 +140,9 @@ const std::string& amx_missing() {
   return missing;
 }
 
-// The set for whoever asks for none: the last, but that Intel's vdpbf16ps has half the rate of multiply-adds in
-// float32, so that without AMX bfloat16 is faster converted (1.2 to 1.7 times on a Xeon; AMD's has twice that rate).
+// The default set: the last one, except on Intel CPUs without AMX. There vdpbf16ps has half the rate of float32
+// multiply-adds, so converting bfloat16 to float32 is faster (1.2 to 1.7 times on a Xeon). On AMD vdpbf16ps has twice
+// the rate of float32 multiply-adds.
 const KernelSet& fastest(const Table& t) {
   const KernelSet* last = &t.sets.back();
 #if defined(__x86_64__)

@@ -1,8 +1,9 @@
 // The contract of a microkernel and of the packed panels. Torch-free; no intrinsics here.
 //
 // A microkernel computes one tile, acc(i, j) = sum_k A(i, k) * B(k, j), i < m <= MR, j < n <= NR, in chains of `chain`
-// steps: a single accumulator per output, k ascending, one multiply-add a step; then the sum so far (kept in `partial`)
-// + the chain's. That is all that decides a result's bits, so tiles of any shape agree.
+// steps. A chain is summed in a single accumulator per output, k ascending, one multiply-add a step. Then the chain's
+// sum is added to the sum of the chains before, which is kept in `partial`. Nothing else decides a result's bits, so
+// tiles of any shape agree.
 //
 //   kCols  A(i, k) = a[k * lda + i]          kRows  A(i, k) = a_rows[i][k]      one function: a_rows[i][k * a_k]
 //          k=0  a00 a10 a20 .. a(MR-1)0             a_rows[0] -> a00 a01 a02 a03 ..      (k contiguous)
@@ -12,14 +13,17 @@
 //          k=0  b00 b01 b02 .. b0(NR-1)             a packed panel is this with ldb = the tile's whole vectors,
 //          k=1  b10 b11 b12 ..                      columns past n filled with zeros
 //
-// A step is KR consecutive k, and what stands above for one element of A or B is KR of them, lowest k first: with KR =
-// 2
+// A step is KR consecutive k. Where KR > 1, each element of A or B in the drawings above is KR values, lowest k first.
+// With KR = 2:
 //
-//   step 0  (b00 b10) (b01 b11) (b02 b12) ..    and an odd last k is followed by zero, in A and in B. `k`, `chain`, lda
-//   step 1  (b20 b30) (b21 b31) ..              and ldb count such elements; of rows in memory they are what is there.
+//   step 0  (b00 b10) (b01 b11) (b02 b12) ..
+//   step 1  (b20 b30) (b21 b31) ..
 //
-// Then  c_out = epilogue(c_in + acc);  c_in == nullptr stands for zero, epilogue == nullptr for the identity.
-// Nothing outside the m x n tile of c_out, and nothing past column n of b, is touched.
+// An odd last k is followed by zero, in A and in B. `k`, `chain`, lda and ldb count these elements. In rows in memory
+// an element is KR neighbours.
+//
+// Then c_out = epilogue(c_in + acc). c_in == nullptr means zero, epilogue == nullptr means no epilogue. The microkernel
+// touches nothing outside the m x n tile of c_out and nothing past column n of b.
 //
 // AMX's kernels have a contract of their own: amx/amx_kernel.h.
 #pragma once
@@ -40,7 +44,8 @@ enum class AccessA : int { kRows = 0, kCols = 1 };
 // The dtype of C and of the residual under an epilogue: the accumulators', or a half type where `stores_half`.
 enum class Store : int { kAsIs, kBFloat16, kFloat16 };
 
-// min(max(c + bias + residual, lower), upper): none is [-inf, inf], ReLU [0, inf], ReLU6 [0, 6]; NaN passes.
+// min(max(c + bias + residual, lower), upper). [lower, upper] is [-inf, inf] for no activation, [0, inf] for ReLU, [0,
+// 6] for ReLU6. NaN passes.
 struct Epilogue {
   const void* bias_m = nullptr;  // one per row of the tile
   const void* bias_n = nullptr;  // one per column
@@ -51,8 +56,8 @@ struct Epilogue {
   bool stream = false;  // past the caches, for a C whose rows are whole aligned lines of 64 bytes; the driver fences
 };
 
-// Where a vector of columns lies in C and in the residual: its first `lanes` from element `at` of a row on, lane l of
-// those after at `then` + l. Tiles that span images in NCHW.
+// Where a vector of columns lies in C and in the residual, for tiles that span images in NCHW. The first `lanes`
+// columns begin at element `at` of a row; lane l of the others is element `then` + l.
 struct Split {
   int64_t lanes, at, then;
 };
@@ -110,8 +115,8 @@ using FmaTileFn = void (*)(const FmaTileArgs&);
 // those of A with KS > 1, the groups of KS steps are k-major and the steps in them r-major.
 using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                         int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
-// The same for several k-major panels side by side, a row of the source (one k) at a time: a segment is where `length`
-// of its elements, next to each other, go. Step 0 goes to dst, step s to dst + s * ld; `zeros` follow.
+// The same for several k-major panels at once, one row of the source (one k) at a time. A segment says where `length`
+// neighbouring elements of the row go: step 0 to dst, step s to dst + s * ld, followed by `zeros` zeros.
 struct Segment {
   void* dst;
   int64_t ld, offset, aux_offset, length, zeros;
@@ -125,11 +130,11 @@ using UnpackFn = void (*)(void* dst, const Axis& row, int64_t r0, int64_t nr, co
 using SumRowsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t steps, AccessA access);
 // sums[j] += the sum of column j of a panel of B, steps by `columns`.
 using SumColumnsFn = void (*)(double* sums, const void* panel, int64_t ld, int64_t columns, int64_t steps);
-// sums[channel] += a tile's pixels, one after the other: no cut of the pixels into tiles shows in the result. Pixels
-// are the tile's columns or, if not, its rows.
+// sums[channel] += a tile's pixels, one after the other, so that the result does not depend on the cut into tiles.
+// Pixels are the tile's columns or, if not, its rows.
 using PoolFn = void (*)(double* sums, const void* tile, int64_t ld, int64_t pixels, int64_t channels, bool columns);
-// Bits of a finished tile, set where it is neither <= low nor >= high: row i's begin at bit `at` + i * pitch. And back:
-// z[j] = grads[j] * scale (or grads[0] * scale) where bit `at` + j is set, else zero.
+// PutBits: bits of a finished tile, set where it is neither <= low nor >= high; those of row i begin at bit `at` + i *
+// pitch. TakeBits: z[j] = grads[j] * scale (or grads[0] * scale) where bit `at` + j is set, else zero.
 using PutBitsFn = void (*)(uint8_t* bits, int64_t at, int64_t pitch, const void* tile, int64_t ld, int64_t m, int64_t n,
                            double low, double high);
 using TakeBitsFn = void (*)(void* z, const uint8_t* bits, int64_t at, int64_t n, const void* grads, bool one_grad,
@@ -152,9 +157,9 @@ struct Microkernel {
   const char* isa;
   DType dtype;       // of the accumulators, and of C: float32 or float64
   DType operand;     // of A and B, in panels and in place
-  DType b_in_place;  // what B is instead where it is read in place, converted as it is loaded
+  DType b_in_place;  // of B where it is read in place; converted as it is loaded
   int kr, mr, nr, vector;
-  int parts;  // of an operand, whose sum it is: a panel holds each group of KS steps once for every part
+  int parts;  // an operand is the sum of that many; a panel has each group of KS steps once for every part
   bool stores_half;
   bool splits;  // stores columns by TileArgs::splits
   int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
@@ -184,7 +189,7 @@ struct Microkernel {
 // dispatch.cpp
 struct KernelSet {
   const char* isa;
-  const Microkernel* float32;  // of float16 as well, which is converted as it is packed
+  const Microkernel* float32;  // also for float16, which is converted as it is packed
   const Microkernel* float64;
   const Microkernel* bfloat16;                 // float32's where the instruction set multiplies no bfloat16
   const Microkernel* float32_parts = nullptr;  // for layers of enough channels; null: none
@@ -200,7 +205,8 @@ struct KernelTable {
 };
 KernelTable all_microkernels();              // whatever this library was built with, best last
 bool isa_supported(const std::string& isa);  // by this CPU and operating system
-// The set that CONV1X1_ISA asks for, or the best one this CPU runs; null, and why, where it cannot be had.
+// The set that CONV1X1_ISA names, or the best set that this CPU runs. Null, with the reason in `error`, if this CPU
+// cannot run the named set.
 const KernelSet* selected_kernels(std::string* error);
 
 }  // namespace conv1x1

@@ -1,6 +1,6 @@
-// The microkernel table, and the driver with panels made beforehand, for tests and microbenchmarks: NumPy arrays in, no
-// torch. Built by bench/microkernel_table.py, from the same sources and flags as the library, which itself keeps no
-// Python symbol.
+// The microkernel table, and the driver with weights packed beforehand, for tests and microbenchmarks. It takes NumPy
+// arrays and needs no torch. bench/microkernel_table.py builds it from the same sources and flags as the library, which
+// has no Python symbol.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -41,7 +41,7 @@ std::vector<py::dict> list() {
     d["name"] = k.name;
     d["isa"] = k.isa;
     d["dtype"] = conv1x1::dtype_name(k.dtype);
-    // Of several parts: the dtype of which they are the whole.
+    // With several parts: the dtype that is their sum.
     const char* whole = k.parts == 3 ? "float32" : (k.parts == 2 ? "float16" : nullptr);
     d["operand"] = whole ? whole : conv1x1::dtype_name(k.operand);
     d["b"] = whole ? whole : conv1x1::dtype_name(k.b_in_place);
@@ -83,13 +83,13 @@ struct Call {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P and PB: elements of A
-// and B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where
-// KS > 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory; several parts are further steps of each KS,
-// and a is followed by what is read of rows past the last one. A strip of `tiles` tiles has so many times a's and out's
-// rows; it is computed in pieces of k as many chains long. `order`: which row of `a` each of the strip's rows is, for
-// kernels that take rows from anywhere. `panels` of b, one below the other, have their columns of
-// out, c_in, residual and bias_n side by side.
+// a: (m, k) if rows else (k, m); b: (k, ldb >= n); out: (>= m, ld >= n), written in place. P and PB: elements of A and
+// B, float16 as uint16, two bfloat16 as one uint32 where the kernel takes two k a step, and k counts those. Where KS >
+// 1, k is whole KS, and columns of a are (k / KS, m, KS) in memory; several parts are further steps of each KS, and a
+// is followed by what is read of rows past the last one. For a strip of `tiles` tiles, a and out have that many times
+// the rows; the strip is computed in pieces of k that many chains long. `order` gives the row of `a` for each row of
+// the strip, for kernels that take a pointer for each row. `panels` of b lie below each other; their columns of out,
+// c_in, residual and bias_n are side by side.
 template <class T, class P, class PB>
 void prepare(Call<T>& call, const Microkernel& kernel, bool rows, const Array<P>& a, const Array<PB>& b, Array<T>& out,
              int64_t n, int64_t tiles = 1, int64_t panels = 1, const std::vector<int64_t>& order = {}) {
@@ -141,7 +141,7 @@ void prepare(Call<T>& call, const Microkernel& kernel, bool rows, const Array<P>
 
 using Splits = std::vector<std::array<int64_t, 3>>;  // lanes, at, then of each vector of columns
 
-// The caller sees to it that they, as residual and out, lie within the arrays.
+// The caller makes sure that they, residual and out lie within the arrays.
 template <class T>
 std::vector<conv1x1::Split> split(const Microkernel& kernel, const Splits& splits, Call<T>& call) {
   if (!splits.empty() && (!kernel.splits || static_cast<int64_t>(splits.size()) * kernel.vector < call.args->n))
@@ -152,7 +152,7 @@ std::vector<conv1x1::Split> split(const Microkernel& kernel, const Splits& split
   return all;
 }
 
-// Whatever must stand around a thread's calls of a microkernel.
+// Calls what must be called before and after a thread's calls of a microkernel.
 class Entered {
  public:
   explicit Entered(const Microkernel& kernel) : kernel_(kernel) {
@@ -166,8 +166,8 @@ class Entered {
   const Microkernel& kernel_;
 };
 
-// One call for a strip of tiles, or, of a kernel whose stores may wait, one for each half of it: the first one's wait
-// for the second, the second one's for the end.
+// One call for a strip of tiles. A kernel whose stores may wait gets one call for each half of the strip: the stores of
+// the first call wait for the second call, those of the second call for the end.
 template <class T>
 void call_strip(const Microkernel& kernel, Call<T>& call) {
   const Entered entered(kernel);

@@ -1,4 +1,4 @@
-// How a plan's work is split over threads, for plan.cpp.
+// Divides a plan's work over threads. Called by plan.cpp.
 #include <algorithm>
 
 #include "../kernels/amx/amx_kernel.h"
@@ -6,8 +6,9 @@
 
 namespace conv1x1 {
 
-// Few tiles of pixels that do not come out even for the threads are cut into more and smaller ones, where that leaves
-// the busiest thread fewer vectors. (Of a weight, panels made beforehand know no threads.)
+// Cuts tiles of pixels into more and smaller ones, if their number does not divide evenly over the threads and the
+// busiest thread then has fewer vectors. (Tiles of a weight stay, because panels made beforehand must not depend on the
+// number of threads.)
 Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
   const int64_t count = n.count();
   if (p.b_is_weight || p.pools || n.segments != 1 || count % parts == 0) return n;
@@ -18,8 +19,8 @@ Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts) {
   return better ? finer : n;
 }
 
-// The split of groups x k-slices x m tiles x n tiles that leaves the busiest thread the least to do, in cycles per k:
-// two vectors multiplied a cycle (AMX: 32), and what it takes to bring in and to pack the operands.
+// Chooses the split of groups x k-slices x m tiles x n tiles that leaves the busiest thread least to do. The cost is in
+// cycles per k: two vectors multiplied a cycle (AMX: 32), and the time to read and to pack the operands.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const double work = static_cast<double>(p.groups) * p.m * std::max<int64_t>(p.n, 1) * p.k;
   const int threads = static_cast<int>(clamp(static_cast<int64_t>(work / kWorkPerThread), 1, max_threads));

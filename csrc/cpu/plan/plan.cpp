@@ -1,8 +1,9 @@
 // GemmProblem -> Plan: blocks, k-slices, what is packed where, and the workspace. Pure; the choice of kernel, tiles and
 // operands' sources is operands.cpp's, the threads' shares are partition.cpp's; explain.cpp prints the result.
 //
-// The only choices that decide bits are kc, the k-slices and the packed length over which bias gradients are summed;
-// none of them looks at the thread count, and for y and dx none looks at the batch.
+// The choices that decide the bits of results are the microkernel's arithmetic, kc, the k-slices, the pieces of k of
+// operands in parts, and the packed length over which bias gradients are summed. None depends on the number of threads.
+// For y and dx none depends on the batch.
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,14 +13,15 @@
 namespace conv1x1 {
 namespace {
 
-// Length of an accumulator chain in steps: no output's error may be over twice stock torch's. Joining chains of 64
-// costs 3 % of the rate on long k, those of 32 twice that; but with 128 errors were up to 3 times stock's, whose narrow
-// layers are sums of many short chains (with 64, too, on narrow ones), and with 256 up to 2.7 times where a single
-// pixel is its dot product. The half types' results are rounded far more coarsely than their sums in float32.
+// Length of a chain in k: no output's error may be more than twice stock torch's. Joining chains of 64 costs 3 % of the
+// rate on long k, joining chains of 32 twice that. With chains of 128 errors were up to 3 times stock's, which sums
+// narrow layers in many short chains; on narrow layers chains of 64 were too long as well. With 256 errors were up to
+// 2.7 times stock's where the output is a single pixel. Results of half types are rounded far more coarsely than their
+// float32 sums.
 constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain = 256, kPartsChain = 256;
-constexpr int64_t kLongK = 512;            // from which on chains may be long
+constexpr int64_t kLongK = 512;            // k from which chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
-constexpr int64_t kTiledK = 512;           // the same with AMX: 32 KiB of A, which stay in L1
+constexpr int64_t kTiledK = 512;           // the same with AMX: a tile of A is then 32 KiB, which stay in L1
 constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
 constexpr int64_t kLongRows = 2048;        // ... and at least as long
 constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
@@ -72,7 +74,7 @@ namespace {
 // the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
-  // A chain at a time; more where rows along k are long enough to be read from memory faster so.
+  // One chain at a time; more where rows along k are long and memory is then read faster.
   if (parts > 1) return p.b.row.inner_stride() == 1 && p.b.row.inner_size() >= kLongRows ? kPartsK : kPartsChain;
   const int64_t longest = plan.kernel->ks > 1 ? kTiledK : 3 * kPackedK * kr / 2;
   const int64_t read = (p.m * (p.a.aux ? 2 : 1) + p.n * (p.b.aux ? 2 : 1)) * size;
@@ -90,8 +92,8 @@ int64_t chain(const GemmProblem& p, const Plan& plan) {
   return p.k >= kLongK ? kLongChain : kChain;
 }
 
-// Channels last, a pixel's groups lie side by side: one group after the other, all pixels' lines would be read from
-// memory, and stored to, again and again. So groups take turns at as many pixels as stay in L2.
+// With channels last the groups of a pixel lie side by side. One group after the other would read and write the lines
+// of all pixels in memory once for every group. Instead groups take turns at as many pixels as stay in L2.
 bool channels_side_by_side(const GemmProblem& p) {
   const Axis &channels = p.split_k ? p.a.row : p.a.col, &pixels = p.split_k ? p.a.col : p.a.row;
   const bool x_or_dz =
@@ -99,7 +101,7 @@ bool channels_side_by_side(const GemmProblem& p) {
   return p.groups > 1 && x_or_dz && (!p.split_k || p.b.col.inner_stride() == 1);
 }
 
-// Of what a GEMM reads and writes, all groups.
+// Bytes of a pixel that a GEMM reads and writes, all groups together.
 int64_t bytes_of_pixel(const GemmProblem& p) {
   const int64_t size = dtype_size(p.dtype), a = (p.split_k ? p.m : p.k) * (p.a.aux ? 2 : 1) * size;
   const int64_t other = p.n * (p.split_k ? (p.b.aux ? 2 : 1) * size : dtype_size(p.out_dtype));
@@ -121,12 +123,12 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a.by_block() || plan.b.by_block();
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
-  const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image, in either layout: bits
+  const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image: decides bits
   const int64_t long_parts = pixels <= kFewPixels ? kLongPartsFew : kLongParts;
   int64_t longest = long_panels;
   if (p.split_k)
     longest = wgrad_k_step(p, plan);
-  else if (one_tile_of_weights(p, *plan.kernel))  // read in place or not: a batch's strides may not show in bits
+  else if (one_tile_of_weights(p, *plan.kernel))  // in place or not, for strides must not decide bits
     longest = plan.slice;
   else if (plan.kernel->parts > 1)
     longest = long_parts / plan.kernel->parts;
@@ -134,18 +136,19 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),
                            p.split_k ? kChain : std::max(plan.kc, kChain));  // whole chains: see plan.h
-  // A few pixels in place meet every panel of a weight: as much of k at a time as leaves both in L2.
+  // A few pixels in place are multiplied with every panel of a weight: take as much of k at a time as leaves both in
+  // L2.
   const int64_t both = 3 * l2_bytes() / 4 / ((p.m + plan.kernel->nr) * element);
   if (plan.a.in_place() && plan.a_access == AccessA::kCols && plan.b.whole() && both > plan.kc)
     plan.k_step = std::min(plan.k_step, round_up(ceil_div(plan.slice, ceil_div(plan.slice, both)), plan.kc));
 }
 
-// A strip of tiles of m, whose columns of B stay in L1 meanwhile. Where k is so long that A's tile alone fills L1, for
-// a piece of k at a time; the tiles' sums wait.
+// Chooses the strip: tiles of m in one call, whose columns of B stay in L1. Where k is so long that one tile of A fills
+// L1, the call takes a piece of k at a time for all tiles and keeps their sums in between.
 void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, chain = plan.steps(plan.kc);
   plan.piece = std::max<int64_t>(steps, 1);
-  if (plan.kernel->ks > 1) {  // a call has all of a row's tiles: more rows only where that is little work
+  if (plan.kernel->ks > 1) {  // a call computes a row of tiles; several rows only if one is little work
     const int64_t row = std::max<int64_t>(steps / plan.kernel->ks * plan.block_n, 1);
     const bool whole = plan.k_step >= plan.slice && plan.slices == 1;
     if (whole && plan.kernel->parts == 1) plan.strip = clamp(kGroupsACall / row, 1, kMaxTiledStrip);
@@ -159,7 +162,7 @@ void choose_strip(Plan& plan, int64_t steps, int64_t element) {
   plan.strip = plan.partials_kept = clamp(std::min(in_l1, in_l2), 1, kMaxStrip);
 }
 
-// Rows of A are packed while the row of tiles before is computed, where all of B is at hand meanwhile.
+// Can a row of tiles of A be packed while the row before is computed? All of B must then fit beside it.
 bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
   const Axis& k = p.a.col;
   const bool lines = k.inner_stride() == 1 && k.linear() && (!p.a.aux || k.aux_stride[k.nd - 1] == 1);
@@ -168,16 +171,17 @@ bool can_pack_ahead(const GemmProblem& p, const Plan& plan, int64_t element) {
          plan.k_step >= plan.slice && plan.n.count() <= kMaxBlockN && all_b <= l2_bytes() / 2;
 }
 
-// B's block stays in L2 while A's tiles stream past it, each reused from L1 over the block's n tiles. A packed block of
-// A serves all of n, or as much of it as has room for its accumulators, so that each element is packed once.
+// B's block stays in L2 while A's tiles pass by it. Each tile of A is read from L1 for all n tiles of the block. A
+// packed block of A serves all of n, or as much of n as has room for its accumulators, so that each element is packed
+// once.
 void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   if (can_pack_ahead(p, plan, element)) plan.a.source = Source::kPackedAhead;
   const int64_t l2 = plan.b.in_place() ? std::min(l2_bytes(), kInPlaceL2) : l2_bytes();
   const int64_t mr = plan.kernel->mr, nr = plan.kernel->nr, steps = plan.steps(plan.k_step);
   const int64_t tiles_m = std::max<int64_t>(plan.m.count(), 1), tiles_n = std::max<int64_t>(plan.n.count(), 1);
   const bool carried = plan.k_step < plan.slice;  // accumulators live across k steps
-  // Room for the next block beside it, where that leaves enough columns for each pass over A; of operands in parts, of
-  // which L1 holds neither, for the whole block of A.
+  // Leave room for the next block beside B's, if enough columns remain for each pass over A. With operands in parts,
+  // which L1 cannot hold, leave room for the whole block of A.
   const bool in_parts = plan.kernel->parts > 1;
   const int64_t panel = nr * steps * element, half = (in_parts ? 3 * l2 / 8 : l2 / 2) / panel, quarter = l2 / 4 / panel;
   const bool feeds_b = plan.b.source == Source::kSplitBetweenProducts;  // there are no panels of it
@@ -193,8 +197,8 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   }
   if (carried) plan.block_m = clamp(kMaxCarried / (mr * nr * plan.block_n), 1, plan.block_m);
   choose_strip(plan, steps, element);
-  // A pitched tile fetches a line of A in every step. The narrow one's loads take the ports' every turn: worth it from
-  // memory, not from L3.
+  // A pitched tile fetches a line of A in every step. The loads of the narrow tile occupy the load ports fully, so
+  // fetching pays only if A comes from memory, not from L3.
   const int64_t touched = p.groups * (p.m * (p.k + p.n) + p.k * p.n) * dtype_size(p.dtype);
   const bool from_l3 = plan.n.vectors > 1 && plan.partials_kept == 1 && touched > kCachedInL2;
   const bool pitched = plan.kernel->fma && plan.kernel->fma->pitched;
@@ -215,11 +219,11 @@ void take_turns(const GemmProblem& p, Plan& plan) {
   plan.block_m = clamp(fit / 2, 1, plan.block_m);
 }
 
-// A weight's panels that one thread alone will read, it packs itself, right before they are used: they need not come
-// back from L3 or memory, no other thread waits for them, and the workspace stays small enough for malloc to keep. Of
-// small ones every thread packs its own: lines that another core has just written take longer to come than to pack.
-// Panels brought by the caller are copied where many rows are multiplied with them: what two cores read at once comes
-// to neither as fast.
+// If only one thread reads a weight's panels, that thread packs them right before it uses them: they need not come back
+// from L3 or memory, no thread waits for them, and the workspace stays small enough for malloc to keep. Small panels
+// are packed by every thread for itself, because lines that another core has just written take longer to load than to
+// pack. Panels that the caller packed are copied by each thread that multiplies many rows with them, because two cores
+// that read the same lines get them more slowly.
 void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
   if (plan.groups_take_turns && !p.split_k) return;  // B's groups would be packed again for each block
   const bool one_block = plan.block_m >= ceil_div(plan.m.count(), plan.part_m), pieces = plan.k_step != p.k;
@@ -231,7 +235,7 @@ void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
                            plan.m.most(plan.m.count()) * plan.m.unit >= kRowsToCopy * plan.part_m)))
     plan.b.source = Source::kPackedByBlock;
   if (plan.prepacked) return;
-  // (A's more seldom: where its rows conflict, packing is all strides.)
+  // (More seldom for A: where its rows conflict, packing reads with large strides.)
   const int64_t rows = plan.m.segments * plan.m.segment * plan.steps(p.k) * element;
   if (plan.a.source == Source::kPackedOnce && (plan.part_n == 1 || rows * plan.part_n <= kOwnPanels / 8) &&
       plan.block_n >= ceil_div(plan.n.count(), plan.part_n)) {
@@ -240,7 +244,7 @@ void pack_where_used(const GemmProblem& p, Plan& plan, int64_t element) {
   }
 }
 
-// No share of a thread is larger than the largest one.
+// Blocks need not be larger than the largest share of a thread.
 void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   const auto largest = [](const Tiling& t, int parts, bool whole_segments) {
     return whole_segments ? ceil_div(t.segments, parts) * t.per_segment : ceil_div(t.count(), parts);
@@ -252,7 +256,7 @@ void fit_blocks_to_shares(const GemmProblem& p, Plan& plan) {
   plan.block_n = ceil_div(plan.reach_n, ceil_div(plan.reach_n, plan.block_n));
 }
 
-// Bytes behind the last panel of A that a tile of fewer than its rows reads.
+// Bytes behind the last panel of A which a tile with fewer rows than its unit reads.
 int64_t behind_a(const Microkernel& kernel) { return kernel.parts > 1 ? kernel.m_unit * 64 : 0; }
 
 void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
@@ -262,7 +266,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
     if (plan.a.whole()) plan.once_a = bytes(p.groups * p.m * plan.steps(p.k) * element) + behind_a(*plan.kernel);
     if (plan.b.whole()) plan.once_b = bytes(p.groups * plan.n.padded() * plan.steps(p.k) * element);
   }
-  // A line apart from a round distance, at which panels written side by side would share cache sets.
+  // One line more than a round distance, at which panels that are written side by side would share cache sets.
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead() ? 2 : plan.block_m;
@@ -280,14 +284,14 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
     plan.bias = bytes(p.groups * (p.bias_along_m ? p.m : p.n) * element);
 }
 
-// `prepacked`: as if the weight's panels were there already.
+// `prepacked`: plan as if the weight's panels existed already.
 Plan plan_for(const GemmProblem& p, int max_threads, const KernelSet& kernels, bool prepacked) {
   Plan plan;
   plan.kernel = &choose_kernel(p, kernels);
   plan.isa = kernels.isa;
   plan.prepacked = prepacked && (p.a_is_weight || p.b_is_weight);
   plan.streams = !p.pools && !p.split_k && p.groups * p.m * p.n * dtype_size(p.out_dtype) > kStreamedBytes;
-  // Of an accumulator, and of an element of a panel: KR operands are as wide.
+  // Bytes of an accumulator, and of an element of a panel, which holds KR operands.
   const int64_t element = dtype_size(plan.kernel->dtype);
   choose_operands(p, plan, element);
   choose_k(p, plan, element);

@@ -45,8 +45,8 @@ inline Range share(int64_t total, int parts, int part) {
   return {begin, begin + q + (part < r ? 1 : 0)};
 }
 
-// m or n cut into segments, and each segment into tiles whose numbers of vectors differ by one at most, the longer ones
-// spread evenly, so that any run of tiles is a fair share.
+// Cuts m or n into segments, and each segment into tiles. The numbers of vectors of two tiles differ by one at most.
+// The longer tiles are spread evenly, so that any equal number of consecutive tiles is about equal work.
 struct Tiling {
   int64_t segment = 0, segments = 0, unit = 1, vectors = 0, per_segment = 0;
 
@@ -54,7 +54,7 @@ struct Tiling {
   Tiling(int64_t total, int64_t segment_length, int64_t unit_, int64_t max_units);
   int64_t count() const { return segments * per_segment; }
   int64_t padded() const { return segments * vectors * unit; }  // with every segment rounded up to whole vectors
-  int64_t most(int64_t tiles) const {                           // units in that many tiles in a row, at most
+  int64_t most(int64_t tiles) const {                           // the most units in that many consecutive tiles
     return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
   }
 
@@ -84,21 +84,21 @@ constexpr int kMaxBlockN = 32;  // tiles of n in a block at most
 struct Plan {
   const Microkernel* kernel = nullptr;
   const char* shape = "";     // which of the kernel's shapes this is, and why
-  const char* isa = nullptr;  // of the whole set: the kernel's own, or a better one that has nothing better for it
+  const char* isa = nullptr;  // of the kernel set, which may use the kernel of an older one
   Tiling m, n;
   OperandPlan a, b;
   AccessA a_access = AccessA::kRows;
   bool streams = false;              // D is too large for caches: whole lines are stored past them
   bool prepacked = false;            // the caller brought the weight's panels; B, packed by block, copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
-  bool groups_take_turns = false;    // at each block of m, wgrad's at each k-slice; else a group has all of them first
+  bool groups_take_turns = false;    // groups are inside the loop over blocks of m (wgrad: k-slices), not outside
   bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
-  int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, where they can be one
-  int64_t piece = 0;                 // steps of k that such a call computes for all its tiles before the next ones
-  int64_t partials_kept = 1;         // tiles whose sums wait meanwhile
-  int64_t staged = 1;                // tiles that are finished in the workspace before they go to D or are pooled
+  int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, at most
+  int64_t piece = 0;                 // steps of k that such a call computes for all of its tiles at a time
+  int64_t partials_kept = 1;         // tiles of a call whose sums are kept between pieces
+  int64_t staged = 1;                // tiles finished in the workspace before they are stored to D or pooled
   int64_t reach_n = 1;               // tiles of n that a packed block of A serves
-  int64_t kc = 0;                    // length of a k-block: one accumulator chain. A constant: numerics depend on it
+  int64_t kc = 0;                    // length of a chain in k; the bits of results depend on it
   int64_t k_step = 0;                // k packed at a time: all of a slice, or a multiple of kc (wgrad: of 64)
   int64_t slices = 1, slice = 0;     // k-slices and their length
   int threads = 1, part_g = 1, part_k = 1, part_m = 1, part_n = 1;
@@ -110,32 +110,33 @@ struct Plan {
     const int64_t group = kernel->kr * kernel->ks;
     return (k + group - 1) / group * kernel->ks * kernel->parts;
   }
-  // Tiles whose accumulators wait for more of k.
+  // The number of tiles whose accumulators are kept from one piece of k to the next.
   int64_t kept() const { return k_step < slice ? block_m * reach_n : 0; }
   int64_t per_thread() const;
   int64_t total() const;
 };
 
-// wgrad with the roles of dz and x exchanged (D^T = B^T A^T), where that packs faster; anything else as it is.
+// Exchanges the roles of dz and x in wgrad (D^T = B^T A^T) where packing is then faster. Returns any other problem
+// unchanged.
 GemmProblem with_best_roles(const GemmProblem& problem);
 
-// A forward in NCHW with A and B exchanged where pixels are too few to fill vectors and a packed weight could: D^T =
-// B^T W^T, stored transposed. Anything else as it is.
+// Exchanges A and B of a forward in NCHW where its pixels are too few to fill vectors and a packed weight fills them:
+// D^T = B^T W^T, stored transposed. Returns any other problem unchanged.
 GemmProblem roles_for_packed_weight(const GemmProblem& problem, const KernelSet& kernels);
 
 // Pure: the same problem, thread count and table always give the same plan.
 Plan make_plan(const GemmProblem& problem, int max_threads, const KernelSet& kernels);
 std::string describe(const GemmProblem& problem, const Plan& plan);
 
-// For a weight that stays the same over many calls: how many bytes its panels take (zero: the kernels read this weight
-// in place, or the problem, a wgrad, has none), and making them, at an address aligned to 64 bytes. They depend on the
-// weight, its role and the microkernel (which few pixels an image may decide), not on batch or threads;
-// GemmProblem::packed_weight takes them.
+// For a weight that stays the same over many calls: the bytes of its panels, and packing them at an address aligned to
+// 64 bytes. Zero bytes: the kernels read this weight in place, or the problem is a wgrad and has no weight. Panels
+// depend on the weight, its role and the microkernel, not on batch or threads. (An image of few pixels may have another
+// microkernel.) GemmProblem::packed_weight takes them.
 int64_t packed_weight_bytes(const GemmProblem& problem, const KernelSet& kernels);
 void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* panels);
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 Status run_gemm(const GemmProblem& problem, const Plan& plan);
-Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // its best roles and its plan
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // makes the plan
 
 }  // namespace conv1x1

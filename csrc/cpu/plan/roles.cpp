@@ -28,8 +28,8 @@ GemmProblem transposed(const GemmProblem& p) {
 
 GemmProblem with_best_roles(const GemmProblem& p) {
   if (!p.split_k || p.n == 0) return p;
-  // Lines of B's panels are several times as long as those of A's, so along channels the larger operand is B, where
-  // pixels are many enough to pay for storing D transposed.
+  // Lines of B's panels are several times as long as lines of A's panels. With channels last the larger operand is
+  // therefore B, if there are enough pixels to pay for storing D transposed.
   const bool channels_last = p.a.row.inner_stride() == 1 && p.b.col.inner_stride() == 1;
   if (!channels_last || p.m < std::max<int64_t>(p.n, 32) || p.k < 8 * p.n) return p;
   GemmProblem q = transposed(p);

@@ -12,8 +12,8 @@
 
 namespace conv1x1 {
 
-// The calling thread's rounding and treatment of denormals (torch.set_flush_denormal). Of <cfenv>, which saves the
-// exceptions' flags and x86's second unit as well, reading it and writing it twice would take 190 ns and not 9.
+// The calling thread's rounding and treatment of denormals (torch.set_flush_denormal). <cfenv> also saves the
+// exceptions' flags and x86's second unit: reading it once and writing it twice would take 190 ns instead of 9.
 #if defined(__x86_64__)
 using FloatingPointControl = unsigned;
 inline FloatingPointControl floating_point_control() { return _mm_getcsr(); }
@@ -38,7 +38,7 @@ inline FloatingPointControl floating_point_control() {
 inline void set_floating_point_control(const FloatingPointControl& control) { std::fesetenv(&control); }
 #endif
 
-// What kernels have stored past the caches is in order before what follows. Only x86's do so.
+// Orders stores past the caches before later stores. Only kernels for x86 store past the caches.
 inline void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -15,7 +15,7 @@ namespace {
 // Elements of the recomputed pre-activation held at a time. Fixed: the order in which dw is summed depends on it.
 constexpr int64_t kChunk = 1 << 20;
 
-constexpr int64_t kWorthThreads = 1 << 14, kBytesWorthThreads = 1 << 18;  // from where on a pass enters a region
+constexpr int64_t kWorthThreads = 1 << 14, kBytesWorthThreads = 1 << 18;  // from which a pass starts threads
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -33,7 +33,7 @@ void* at(const Conv1x1Problem& p, void* base, int64_t offset) {
   return static_cast<char*>(base) + offset * dtype_size(p.dtype);
 }
 
-// Where it does not hold the gradient back.
+// The derivative at z, for a z at which the activation does not hold the gradient back.
 template <Activation activation, class T>
 T derivative(T z) {
   switch (activation) {
@@ -53,8 +53,8 @@ T derivative(T z) {
   return T(1);
 }
 
-// grad where z lets it through, else zero, whatever grad is, as in torch. By its bits and not by a choice, which
-// becomes a branch that is mispredicted every other time.
+// grad where z lets it pass, else zero, even if grad is NaN, as in torch. It masks the bits of grad, because compilers
+// make a branch of a choice, which is mispredicted every other time.
 template <Activation activation, class T>
 T passed(T z, T grad) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -68,8 +68,8 @@ T passed(T z, T grad) {
   return grad;
 }
 
-// z <- activation'(z) * grad * scale, with a gradient for each z or one for all. A loop for each activation: with the
-// switch inside, compilers do not vectorize it.
+// z <- activation'(z) * grad * scale, with one gradient for each z or one for all. Each activation has a loop of its
+// own: compilers do not vectorize a loop with a switch inside.
 template <class T>
 using DifferentiateFn = void (*)(T* z, const T* grad, bool one_grad, int64_t n, T scale);
 
@@ -113,7 +113,7 @@ struct Piece {
 template <class F>
 void for_each_piece(const Conv1x1Problem& p, int64_t limit, const F& f) {
   const int64_t whole[4] = {p.batch, p.out_size[0], p.out_size[1], p.out_size[2]};
-  int cut = 0;  // the dimension that is cut in runs; those before it go one by one
+  int cut = 0;  // the dimension that is cut into runs; dimensions before it are cut into single indices
   int64_t inner = whole[1] * whole[2] * whole[3];
   while (cut < 3 && inner > limit) inner /= std::max<int64_t>(whole[++cut], 1);
   const int64_t run = std::max<int64_t>(limit / std::max<int64_t>(inner, 1), 1);
@@ -143,8 +143,8 @@ int64_t offset_of(const ActivationView& t, const Piece& piece) {
   return offset;
 }
 
-// z <- activation'(z) * dy(image, channel) / pixels, z dense as rows of `width` that share an image, or a pixel. Where
-// the forward's mask is there, z is only written. The piece's pixels begin at `first` of all.
+// z <- activation'(z) * dy(image, channel) / pixels, z dense as rows of `width` that share an image, or a pixel. With
+// the forward's mask, z is only written. `first` is the number of the piece's first pixel.
 template <class T>
 void differentiate(const Conv1x1Problem& p, void* z, int64_t images, int64_t first, int64_t pixels, bool channels_last,
                    int threads, const Microkernel& kernel) {
@@ -212,7 +212,7 @@ Status avg_pool_backward(const Conv1x1Problem& p, int threads, const KernelSet& 
   const bool recomputes = !p.pool_mask && p.activation != Activation::kNone;
   const int64_t limit = std::max<int64_t>(kChunk / p.c_out, 1);
   Buffer z(std::malloc(static_cast<size_t>(std::min(limit, p.batch * p.pixels()) * p.c_out * dtype_size(p.dtype))));
-  // Half types add their pieces up in float32 and round once.
+  // Pieces of half types are added up in float32 and rounded once.
   const int64_t weights = p.dw.data ? p.c_out * (p.c_in / p.groups) : 0, biases = p.dbias.data ? p.c_out : 0;
   const bool half = p.dtype != kernel.dtype;
   Buffer sums(half ? std::calloc(static_cast<size_t>(weights + biases) + 1, sizeof(float)) : nullptr);

@@ -16,7 +16,7 @@
 namespace conv1x1 {
 namespace {
 
-// A small call's workspace is on the stack: aligned memory from malloc costs it 0.2 us of about 2.
+// The workspace of a small call is on the stack: aligned memory from malloc would cost 0.2 us of about 2 us.
 constexpr int64_t kSmallWorkspace = 16 << 10;
 
 template <class Family>
@@ -47,7 +47,7 @@ Status run(const GemmProblem& p, const Plan& plan) {
   }
 
   const bool packs_once = plan.once_a + plan.once_b > 0;
-  // `id` walks the plan's threads: a team may come out smaller than asked for, and the result must not.
+  // `id` goes over the plan's threads: OpenMP may start fewer threads, and the result must be the same.
   run_team(plan.threads, [&](int thread, int threads, auto barrier) {
     if (packs_once) {
       const Task task(p, plan, shared);

@@ -1,6 +1,6 @@
-// What the sums of operands in parts (microkernel.h) get wrong, in float32 itself: where an operand is infinite, NaN or
-// too large for its parts, and where both are so small that parts of their products vanish. Which outputs these are
-// depends on their own row of A and column of B alone, as do their bits. Slow, and seldom called.
+// Recomputes in float32 the sums that operands in parts (microkernel.h) get wrong: where an operand is infinite, NaN or
+// too large for its parts, and where operands are so small that parts of their products vanish. Whether an output is
+// recomputed, and its bits, depend on its own row of A and column of B alone. The code is slow and seldom called.
 #pragma once
 
 #include <cstring>
@@ -19,19 +19,19 @@ class ExactSums {
     for (Known& known : b_) known.group = -1;
   }
 
-  // A tile: its sums over k [k0, k0 + nk), and the panels that they were computed from.
-  struct Sums {  // without initial values, which small calls would feel
+  // The sums of a tile over k [k0, k0 + nk), and the panels from which they were computed.
+  struct Sums {  // no initial values: setting them would slow small calls
     int64_t group, k0, nk;
     Tiling::Tile ti, tj;
     const void *a, *b;
     int64_t lda, ldb, steps;
   };
 
-  // Those of them that are doubtful.
+  // Recomputes those of a tile's sums that are doubtful.
   void repair(float* sums, int64_t ld, bool finite, const Sums& of) {
     const auto& [group, k0, nk, ti, tj, panel_a, panel_b, lda, ldb, steps] = of;
     Known &of_a = known(a_, group, ti, k0), &of_b = known(b_[tj.start / kernel_.vector % kMaxBlockN], group, tj, k0);
-    // Zeros are seldom anything else: whole rows of them are.
+    // Most small sums are zeros of rows of zeros: then neither panel has a small number.
     if (finite && !has_small(of_a, panel_a, lda, steps) && !has_small(of_b, panel_b, ldb, steps)) return;
     const Kinds &rows = kinds(of_a, true, group, ti, k0, nk), &columns = kinds(of_b, false, group, tj, k0, nk);
     uint32_t wanted[kMaxMr] = {}, any = 0;
@@ -84,8 +84,8 @@ class ExactSums {
   }
 
  private:
-  // Bits of a tile's rows of A or columns of B: which have a NaN, and which a number so small, but not zero, that its
-  // product with another as small might lose parts.
+  // A bit for each row of A or column of B of a tile: whether it has a NaN, and whether it has a number, not zero, so
+  // small that its product with an equally small number might lose parts.
   struct Kinds {
     uint32_t nan = 0, small = 0;
   };
@@ -142,7 +142,8 @@ class ExactSums {
         for (int64_t s = 0; s < n; ++s) {
           const uint32_t magnitude = magnitude_of(of_a ? x[i * kChunk + s] : x[s * kLanes + i]);
           nan |= magnitude > kInfinity;
-          // As has_small() finds it in a panel, or a neighbour that is small would decide what is done here.
+          // The same test as that of has_small() on a panel. With another test a small neighbour could decide whether
+          // this row is recomputed.
           const uint32_t first_part = (magnitude + 0x8000) >> 16;
           small |= first_part - 1 < (kSmallBelow >> 16) - 1;
         }

@@ -39,7 +39,7 @@ class FetchAhead {
         const int64_t steps = steps_of_tile * here;
         int64_t rows = (left_ * here + tiles - 1) / tiles, together = 1;
         if (rows > piece.rows - piece.row) rows = piece.rows - piece.row;
-        // Of a stretch, as many lines in a step as it takes.
+        // In a contiguous stretch a step fetches as many lines as needed.
         while (rows > steps * together && piece.pitch == kLine && !piece.near && together < kStrip / kLine) ++together;
         const int64_t fetches = rows / together < steps ? rows / together : steps;
         share.lines = {piece.base + piece.row * piece.pitch, fetches, piece.pitch * together, piece.width * together};

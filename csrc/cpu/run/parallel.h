@@ -1,5 +1,5 @@
-// All of the library's OpenMP regions. Workers keep the floating-point environment of whoever ran them last, or of
-// whoever created them; here they get the caller's, whose setting it is (torch.set_flush_denormal).
+// All OpenMP regions of the library. OpenMP's threads keep the floating-point environment of their last use. Here they
+// get the caller's (torch.set_flush_denormal).
 #pragma once
 
 #include <omp.h>
@@ -9,8 +9,8 @@
 
 namespace conv1x1 {
 
-// team(thread, threads, barrier) on each of at most `threads` threads: a team may come out smaller than asked for. One
-// thread is the caller's own, outside of any region. Nothing may throw.
+// Calls team(thread, threads, barrier) on at most `threads` threads: OpenMP may start fewer than asked for. A single
+// thread is the caller's own, without a region. `team` must not throw.
 template <class Team>
 void run_team(int threads, const Team& team) {
   if (threads == 1) {
@@ -29,7 +29,7 @@ void run_team(int threads, const Team& team) {
   }
 }
 
-// body(i) for each i below `count`, a thread's being neighbours.
+// Calls body(i) for each i below `count`. Each thread has consecutive i.
 template <class Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
   run_team(threads, [&](int thread, int team, auto /*barrier*/) {

@@ -1,6 +1,6 @@
 // One instruction set for a part of a file, whatever the compiler's flags: every kernel header stands between
 // CONV1X1_KERNELS_BEGIN and CONV1X1_KERNELS_END, in a namespace named for the instruction set. The .cpp includes the
-// header isa_NAME.h of its own before any other; a header that is read alone, by an editor or a checker, gets its own
+// isa_*.h of its own before any other header; a header that is read alone, by an editor or a checker, gets its own
 // least instruction set by including that one.
 //
 // The names are internal to their file as well (namespace {}): per-file -m flags, or external names, would let the
