@@ -174,7 +174,7 @@ void call_strip(const Microkernel& kernel, Call<T>& call) {
   if (!kernel.amx) return call.run();
   alignas(64) char pending[conv1x1::kMaxPending] = {};
   const bool half = call.epilogue.store != conv1x1::Store::kAsIs;
-  const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), m = call.args.m;
+  const int64_t size = half ? 2 : static_cast<int64_t>(sizeof(T)), m = call.args->m;
   const auto on = [](const void* from, int64_t bytes) {
     return from ? static_cast<const char*>(from) + bytes : nullptr;
   };
@@ -183,7 +183,7 @@ void call_strip(const Microkernel& kernel, Call<T>& call) {
   const int64_t first = args.tiles / 2, second = args.tiles - first;
   if (first > 0) {
     args.tiles = first;
-    call.fn(args);
+    call.run();
   }
   args.tiles = second;
   conv1x1::Epilogue epilogue = call.epilogue;
@@ -193,8 +193,8 @@ void call_strip(const Microkernel& kernel, Call<T>& call) {
   for (const void*& row : call.rows) row = on(row, first * args.a_step);
   args.a = on(args.a, first * args.a_step);
   args.c_out = static_cast<char*>(args.c_out) + first * m * args.ld_out * size;
-  call.fn(args);
-  kernel.finish_pending(pending);
+  call.run();
+  kernel.amx->finish_pending(pending);
 }
 
 template <class T>
