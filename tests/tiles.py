@@ -13,7 +13,7 @@ TILES = {  # instruction set, operand -> MR x NR, the one for most shapes last; 
     ("avx2", "float32"): ["6x16"],
     ("avx2", "float64"): ["6x8"],
     ("avx512", "float32"): ["6x64", "16x16", "14x32", "8x48-float16", "8x48"],
-    ("avx512", "float64"): ["6x32", "8x24"],
+    ("avx512", "float64"): ["8x24"],
     ("avx512_bf16", "bfloat16"): ["6x64", "16x16", "8x48"],
     ("avx512_amx", "bfloat16"): ["32x32"],
     ("avx512_amx", "float32"): ["32x32"],

@@ -28,7 +28,6 @@ Microkernel make_avx512_float32_narrow();
 Microkernel make_avx512_float32_tall();
 Microkernel make_avx512_float32_float16_b();
 Microkernel make_avx512_float64();
-Microkernel make_avx512_float64_wide();
 Microkernel make_avx512_bf16_bfloat16();
 Microkernel make_avx512_bf16_bfloat16_wide();
 Microkernel make_avx512_bf16_bfloat16_narrow();
@@ -53,7 +52,7 @@ struct Table {
     add("avx512",
         {make_avx512_float32, make_avx512_float32_wide, make_avx512_float32_narrow, make_avx512_float32_tall,
          make_avx512_float32_float16_b},
-        {make_avx512_float64, make_avx512_float64_wide});
+        {make_avx512_float64});
     add_bfloat16("avx512_bf16",
                  {make_avx512_bf16_bfloat16, make_avx512_bf16_bfloat16_wide, make_avx512_bf16_bfloat16_narrow});
     add_bfloat16("avx512_amx", {make_avx512_amx_bfloat16});

@@ -25,8 +25,6 @@ constexpr int64_t kTiledK = 512;           // the same with AMX: a tile of A is 
 constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
 constexpr int64_t kLongRows = 2048;        // ... and at least as long
 constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
-constexpr int64_t kLongPartsFew = 3072;    // the same where an image has few pixels: NCHW at batch 1 packs them
-constexpr int64_t kFewPixels = 64;         // once for each block of a weight
 constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
@@ -123,15 +121,13 @@ void choose_k(const GemmProblem& p, Plan& plan, int64_t element) {
   const bool packs = plan.a.by_block() || plan.b.by_block();
   const int64_t kr = plan.kernel->kr, packed_k = kPackedK * kr;
   const int64_t long_panels = std::max(l2_bytes() / 2 / (plan.kernel->nr * element) * kr, packed_k);
-  const int64_t pixels = p.a_is_weight ? p.n_segment : p.m_segment;  // of an image: decides bits
-  const int64_t long_parts = pixels <= kFewPixels ? kLongPartsFew : kLongParts;
   int64_t longest = long_panels;
   if (p.split_k)
     longest = wgrad_k_step(p, plan);
   else if (one_tile_of_weights(p, *plan.kernel))  // in place or not, for strides must not decide bits
     longest = plan.slice;
   else if (plan.kernel->parts > 1)
-    longest = long_parts / plan.kernel->parts;
+    longest = kLongParts / plan.kernel->parts;
   plan.k_step = std::max<int64_t>(plan.slice, 1);
   if (packs && plan.slice > longest)  // pieces of nearly equal length
     plan.k_step = round_up(ceil_div(plan.slice, ceil_div(plan.slice, p.split_k ? longest : 3 * packed_k / 2)),

@@ -80,7 +80,6 @@ struct AmxTileArgs : TileArgs {
   // smaller than kDoubtfulBelow.
   RepairFn repair = nullptr;
   void* repairer = nullptr;
-  bool mirrored = false;  // their products in the order that they have with A and B exchanged
   // Several parts: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
   // overwrites; null: nothing.
   PackAhead* pack = nullptr;

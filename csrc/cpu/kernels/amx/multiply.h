@@ -31,12 +31,10 @@ inline void load_b(const void* rows, int64_t pitch) {
 
 // C += the parts' products; of three parts with three, without those where neither is the first and one is the last:
 // they are 2^-27 of their operands' product in the mean, at most 2^-23. Each adds to C with a rounding of its own, the
-// largest last; `mirrored`, in the order that they have with the operands exchanged, so that bits do not tell which of
-// them is A. After each product of 2 x 2 tiles: between().
+// largest last. After each product of 2 x 2 tiles: between().
 template <int PARTS, int MT, int NV, bool ONCE, class Between>
 CONV1X1_INLINE inline void multiply_group(const char* a, const char* second_a, int64_t a_pitch, int64_t a_part,
-                                          const char* b, int64_t b_pitch, [[maybe_unused]] bool mirrored,
-                                          const Between& between) {
+                                          const char* b, int64_t b_pitch, const Between& between) {
   // A's part against B's: whichever is not loaded yet is, right before its first product.
   const auto multiply = [&](int a_loads, int b_loads) CONV1X1_INLINE {
     const char *to_b = b + b_loads * kTile * b_pitch, *to_a = a + a_loads * a_part,
@@ -58,20 +56,13 @@ CONV1X1_INLINE inline void multiply_group(const char* a, const char* second_a, i
   constexpr int kLoaded = -1;
   if constexpr (PARTS == 1) {
     multiply(0, 0);
-  } else if (!mirrored) {
+  } else {
     multiply(0, PARTS - 1);
     if constexpr (PARTS == 3) multiply(kLoaded, 1);
     multiply(1, kLoaded);
     multiply(kLoaded, 0);
     if constexpr (PARTS == 3) multiply(2, kLoaded);
     multiply(0, kLoaded);
-  } else {
-    multiply(PARTS - 1, 0);
-    if constexpr (PARTS == 3) multiply(1, kLoaded);
-    multiply(kLoaded, 1);
-    multiply(0, kLoaded);
-    if constexpr (PARTS == 3) multiply(kLoaded, 2);
-    multiply(kLoaded, 0);
   }
 }
 

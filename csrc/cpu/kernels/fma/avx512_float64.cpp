@@ -38,9 +38,6 @@ using namespace CONV1X1_ISA;
 Microkernel make_avx512_float64() {
   return make_microkernel<Avx512Float64, 8, 3>("float64_8x24_avx512", "avx512", DType::kFloat64);
 }
-Microkernel make_avx512_float64_wide() {
-  return make_microkernel<Avx512Float64, 6, 4>("float64_6x32_avx512", "avx512", DType::kFloat64);
-}
 
 }  // namespace conv1x1
 CONV1X1_TARGET_END
