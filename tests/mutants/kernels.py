@@ -170,21 +170,21 @@ MUTANTS = [
     # ---- activations.h
     mutant(
         "silu-of-the-other-sign", ACTIVATIONS,
-        "(T(1) + exp_of(-row[j]))", "(T(1) + exp_of(row[j]))",
+        "(1.0f + exp_of(-x))", "(1.0f + exp_of(x))",
         "test_fprop.py::test_activations_reach_both_ends",
         **AVX2,
     ),
     mutant(
         "exp-overflows-early", ACTIVATIONS,
-        "const int32_t i = bit_cast<int32_t>(shifted) - 0x4b400000, half = i >> 1;",
-        "const int32_t i = bit_cast<int32_t>(shifted) - 0x4b400000, half = 0;",
+        "const Ints i = bit_cast<Ints>(shifted) - 0x4b400000, half = i >> 1;",
+        "const Ints i = bit_cast<Ints>(shifted) - 0x4b400000, half = {};",
         "test_fprop.py::test_activations_reach_both_ends",
         "test_edges.py::test_special_values_pass_the_activation_as_in_torch",
         **AVX2,
     ),
     mutant(
         "exp-cut-at-minus-eighty", ACTIVATIONS,
-        "x = x < -104.0f ? -104.0f : x;", "x = x < -10.0f ? -10.0f : x;",
+        "x = x < -104.0f ? Floats{} - 104.0f : x;", "x = x < -10.0f ? Floats{} - 10.0f : x;",
         "test_fprop.py::test_activations_reach_both_ends",
         **AVX2,
     ),
@@ -196,13 +196,13 @@ MUTANTS = [
     ),
     mutant(
         "hardswish-not-clipped-above", ACTIVATIONS,
-        "clipped = low > T(6) ? T(6) : low;", "clipped = low;",
+        "clipped = low > 6.0f ? X{} + 6.0f : low;", "clipped = low;",
         "test_fprop.py::test_activations_reach_both_ends",
         **AVX2,
     ),
     mutant(
         "gelu-of-half-the-argument", ACTIVATIONS,
-        "erf_of(row[j] * T(0.70710678118654752440))", "erf_of(row[j] * T(0.5))",
+        "static_cast<float>(0.70710678118654752440)", "static_cast<float>(0.5)",
         "test_fprop.py::test_epilogue -k gelu",
         **AVX2,
     ),
