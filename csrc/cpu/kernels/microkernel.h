@@ -53,7 +53,7 @@ struct Epilogue {
   int64_t ld_residual = 0;
   double lower = 0, upper = 0;
   Store store = Store::kAsIs;
-  bool stream = false;  // stores past the caches; the rows of C must be whole aligned lines of 64 bytes
+  bool stream = false;  // past the caches: C's rows are whole aligned lines of 64 bytes, the driver fences
 };
 
 // Where a vector of columns lies in C and in the residual, for tiles that span images in NCHW. The first `lanes`

@@ -1,5 +1,6 @@
-// GemmProblem -> Plan: blocks, k-slices, what is packed where, and the workspace. Pure; the choice of kernel, tiles and
-// operands' sources is operands.cpp's, the threads' shares are partition.cpp's; explain.cpp prints the result.
+// GemmProblem -> Plan: k-slices, blocks, which panels are packed where, and the workspace. A pure function.
+// operands.cpp chooses the kernel, the tiles and the sources of operands, partition.cpp the threads' shares.
+// explain.cpp prints the result.
 //
 // The choices that decide the bits of results are the microkernel's arithmetic, kc, the k-slices, the pieces of k of
 // operands in parts, and the packed length over which bias gradients are summed. None depends on the number of threads.
@@ -70,8 +71,9 @@ int64_t l2_bytes() {
 
 namespace {
 
-// k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
-// the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
+// The length of k that wgrad packs at a time. With longer pieces accumulators are loaded and stored less often. But
+// where lines are packed at the speed of memory, the prefetched data of the next piece must fit into L2 beside this
+// piece.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
   // One chain at a time; more where rows along k are long and memory is then read faster.
@@ -190,7 +192,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.block_n = plan.packs_ahead() ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b.by_block() && (carried || plan.block_n < tiles_n);  // for every block of A
-  // A large block of A where all of B passes by it once more for each.
+  // If all of B is read again for each block of A, the block is large.
   if (plan.a.source == Source::kPackedByBlock) {
     const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
@@ -270,7 +272,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead() ? 2 : plan.block_m;
-  // What is read in place has a panel for tiles that are repaired.
+  // An operand in parts that is read in place has one panel, for tiles that are repaired.
   if (plan.a.by_block()) plan.block_a = bytes(panels_a * plan.panel_a * element);
   if (plan.b.by_block()) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   if (plan.a.source == Source::kSplitBetweenProducts) plan.block_a = bytes(plan.panel_a * element);

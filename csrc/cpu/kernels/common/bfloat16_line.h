@@ -1,4 +1,5 @@
-// Lines of float32 to bfloat16 by the instruction for it, as tiles store theirs: denormal results are zero.
+// Converts lines of float32 to bfloat16 by the instruction that also converts a tile's results: denormal results are
+// zero.
 #pragma once
 
 #include "convert.h"
