@@ -23,28 +23,28 @@ constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain =
 constexpr int64_t kLongK = 512;            // k from which chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: a tile of A is then 32 KiB, which stay in L1
-constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
-constexpr int64_t kLongRows = 2048;        // ... and at least as long
-constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
-constexpr int64_t kLongPartsFew = 3072;    // the same where an image has few pixels: NCHW at batch 1 packs them
-constexpr int64_t kFewPixels = 64;         // once for each block of a weight
-constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
+constexpr int64_t kPartsK = 384;           // the same in wgrad of operands in parts whose rows along k ...
+constexpr int64_t kLongRows = 2048;        // ... have at least this length
+constexpr int64_t kLongParts = 2304;       // parts times k packed at a time: L2 holds too few longer panels
+constexpr int64_t kLongPartsFew = 3072;    // the same for images of at most kFewPixels: NCHW at batch 1 ...
+constexpr int64_t kFewPixels = 64;         // ... packs an image once for each block of a weight
+constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they pass by B's block, from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
-constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: of pixels, in a slice; in all
-constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
-constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
-constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
-constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
+constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: bytes of a slice; of all pixels
+constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place, whose pages share sets by chance
+constexpr int64_t kOwnPanels = 2 << 20;    // bytes of a weight's panels, all threads together, if each packs its own
+constexpr int64_t kRowsToCopy = 1024;      // rows of A from which a thread copies panels that the caller packed
+constexpr int64_t kStripBytes = 32 << 10;  // bytes of A in the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
-constexpr int64_t kPooledTiles = 4;                       // in parts, that one call computes before they are pooled
-constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
-constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
+constexpr int64_t kPooledTiles = 4;                       // tiles in parts in one call, before they are pooled
+constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // AMX: groups of k in a call; rows of tiles in a call
+constexpr int64_t kStreamedBytes = 32 << 20;              // larger results come from fresh pages and do not stay in L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
 constexpr int64_t kCachedBytes = 16 << 20;
-constexpr int64_t kCachedInL2 = 3 << 20;  // that the threads' L2 hold
+constexpr int64_t kCachedInL2 = 3 << 20;  // the same for the L2 of the threads
 
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
 constexpr int kL1 = _SC_LEVEL1_DCACHE_SIZE, kL2 = _SC_LEVEL2_CACHE_SIZE;

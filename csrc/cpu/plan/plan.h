@@ -139,6 +139,6 @@ void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* pan
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 Status run_gemm(const GemmProblem& problem, const Plan& plan);
-Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // makes the plan
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // with_best_roles()
 
 }  // namespace conv1x1

@@ -361,8 +361,7 @@ void pack_parts_a(void* dst, int64_t ld, const void* src, const void* aux, const
 template <int PARTS>
 bool has_small(const void* panel, int64_t ld, int64_t steps) {
   const __m512i one = _mm512_set1_epi16(1);
-  __m512i least =
-      _mm512_set1_epi16(-1);  // the least of twice the magnitude less 1, which for zero is the largest number
+  __m512i least = _mm512_set1_epi16(-1);  // of twice the magnitude less 1, which for zero is the largest number
   const Pair* group = static_cast<const Pair*>(panel);
   for (int64_t s = 0; s < steps; s += PARTS * kTile, group += PARTS * kTile * ld)
     for (int64_t i = 0; i < ld * kTile; i += kTile) {

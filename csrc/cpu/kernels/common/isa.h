@@ -37,14 +37,15 @@
 
 #define CONV1X1_INLINE __attribute__((always_inline))
 
-// One function for all callers: neither inlined nor copied for constant arguments.
+// One function for all callers: the compiler neither inlines it nor copies it for constant arguments.
 #if defined(__clang__)
 #define CONV1X1_NOINLINE __attribute__((noinline))
 #else
 #define CONV1X1_NOINLINE __attribute__((noinline, noclone))
 #endif
 
-// Before a loop whose count is constant: unrolled whole, so that an array it indexes can live in registers.
+// Stands before a loop whose count is constant. The loop is unrolled completely, so that an array that it indexes can
+// live in registers.
 #if defined(__clang__)
 #define CONV1X1_UNROLL CONV1X1_PRAGMA(clang loop unroll(full))
 #else
