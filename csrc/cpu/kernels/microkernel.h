@@ -37,7 +37,7 @@
 namespace conv1x1 {
 
 constexpr int kMaxMr = 32, kMaxNv = 4, kMaxNr = 64;
-constexpr int kFetchedTogether = 4;  // lines in a step of a tile
+constexpr int kFetchedTogether = 4;  // rows of lines that a tile prefetches at once
 
 enum class AccessA : int { kRows = 0, kCols = 1 };
 
@@ -53,7 +53,7 @@ struct Epilogue {
   int64_t ld_residual = 0;
   double lower = 0, upper = 0;
   Store store = Store::kAsIs;
-  bool stream = false;  // past the caches, for a C whose rows are whole aligned lines of 64 bytes; the driver fences
+  bool stream = false;  // past the caches: C's rows are whole aligned lines of 64 bytes, the driver fences
 };
 
 // Where a vector of columns lies in C and in the residual, for tiles that span images in NCHW. The first `lanes`
@@ -68,19 +68,21 @@ struct Fetch {
   int64_t rows = 0, pitch = 0, width = 0;
 };
 
-// What a call of a tile fetches on the way, for blocks that come later: every `every` steps (a power of two) of each of
-// its tiles the next kFetchedTogether rows, until none are left; where `near`, a line of each into L1.
+// What a call prefetches for later blocks while it computes. In every `every` steps (a power of two) of each of its
+// tiles, a multiply-add kernel prefetches the next kFetchedTogether rows of `lines`, until all of them are fetched: all
+// lines of a row into L2 or, if `near`, one line of each row into L1. AMX's kernels spread `lines` over their groups of
+// steps and ignore `every` and `near`.
 struct FetchShare {
   Fetch lines;
   int64_t every = 1;
   bool near = false;
 };
 
-// What every family's tiles are told.
+// The arguments that kernels of all families have.
 struct TileArgs {
   int64_t k = 0, m = 0, n = 0, chain = 0;
-  // A strip of so many tiles of m rows, one below the other: A's (or each of its rows) lie a_step bytes on from tile to
-  // tile; C, the residual and bias_m go on where the rows of the tile before end; c_in is null.
+  // A strip of `tiles` tiles of m rows, below each other. A (or each row of A) of the next tile lies a_step bytes
+  // further. C, the residual and bias_m continue where the rows of the tile before end. c_in is null.
   int64_t tiles = 1, a_step = 0;
   const void* const* a_rows = nullptr;
   const void* b = nullptr;
@@ -89,30 +91,31 @@ struct TileArgs {
   int64_t ld_in = 0;
   void* c_out = nullptr;
   int64_t ld_out = 0;
-  const Split* splits = nullptr;  // of each vector, for kernels with `splits`; null: columns follow each other
+  const Split* splits = nullptr;  // one for each vector, for kernels with `splits`; null: columns are contiguous
   const Epilogue* epilogue = nullptr;
   FetchShare fetch;
 };
 
-// The multiply-add kernels': one function for kRows and kCols.
+// The arguments of multiply-add kernels. One function serves kRows and kCols.
 struct FmaTileArgs : TileArgs {
   int64_t a_k = 1;      // elements from step to step of a row
   int64_t a_pitch = 0;  // bytes from row to row, for kernels that want rows a constant distance apart (`pitched`)
-  // Kernels that are not `pitched`: m, and a_step zero, where a_rows has every tile's rows in turn; else 0.
+  // Only for kernels that are not `pitched`. If m: a_rows has the rows of every tile of the strip, one tile after the
+  // other, and a_step is zero. If 0: a_rows has the rows of the first tile.
   int64_t rows_per_tile = 0;
-  // Whole chains: so many steps are computed for all tiles before the next ones, so that their rows of B are read from
-  // L1.
+  // A number of steps, whole chains. A strip computes this many steps for all of its tiles before the next steps, so
+  // that the rows of B are read from L1.
   int64_t piece = INT64_MAX;
-  // MR * NR elements, for each tile of a strip where k > piece; may be c_in. Not read before it is written, unused
-  // where k <= chain.
+  // Memory for the sums of earlier chains: MR * NR elements, or that many for each tile of a strip where k > piece. May
+  // be c_in. It is not read before it is written, and not used where k <= chain.
   void* partial = nullptr;
-  bool fetch_out = false;  // the lines that the next tile of the strip is stored to, fetched for writing
+  bool fetch_out = false;  // prefetch for writing the lines to which the strip's next tile is stored
 };
 using FmaTileFn = void (*)(const FmaTileArgs&);
 
 // Packs rows [r0, r0 + nr) of `axis_r` and [k0, k0 + nk) of `axis_k`, converting and masking.
-// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k stands for a step of KR; in
-// those of A with KS > 1, the groups of KS steps are k-major and the steps in them r-major.
+// k-major: dst[k * ld + r], zeros for r in [nr, ld). r-major: dst[r * ld + k]. In panels, k counts steps of KR. In
+// panels of A with KS > 1, groups of KS steps are k-major, and the steps within a group are r-major.
 using PackFn = void (*)(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                         int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask);
 // The same for several k-major panels at once, one row of the source (one k) at a time. A segment says where `length`
@@ -146,10 +149,10 @@ struct AmxKernel;  // amx/amx_kernel.h
 
 struct Microkernel;
 
-// What the multiply-add family alone has.
+// The part of a Microkernel that only multiply-add kernels have.
 struct FmaKernel {
   FmaTileFn fn[kMaxMr][kMaxNv] = {};  // [m - 1][vectors - 1]
-  bool pitched = false;               // rows of A by their first one and a_pitch
+  bool pitched = false;               // takes the first row of A and a_pitch, not a pointer to each row
 };
 
 struct Microkernel {
@@ -164,10 +167,10 @@ struct Microkernel {
   bool splits;  // stores columns by TileArgs::splits
   int ks;       // steps of a row of A that lie together in a panel; panels are filled up to whole KS
   int m_unit;   // tiles of m begin at multiples of it
-  // The family: one of the two, the other null.
+  // The part of the kernel's family. The other pointer is null.
   const FmaKernel* fma;
   const AmxKernel* amx;
-  // Indexed by the dtype in memory; null where the pair makes no sense.
+  // Indexed by the dtype in memory. Null: the kernel has no function for this dtype.
   PackFn pack_a[2][4];  // panels, [access]: r-major, k-major
   PackFn pack_b[4];     // k-major
   PackRowsFn pack_rows[4];
@@ -179,9 +182,9 @@ struct Microkernel {
   PutBitsFn put_bits;
   TakeBitsFn take_bits;
   ActivateFn activate;
-  // The same in tiles of other shapes; null: none. `wide`: fewer rows, more vectors; `narrow`: one vector and more
-  // rows; `tall`: two vectors and more rows. Those two are pitched, and not for wgrad, whose panels' sums they do not
-  // know.
+  // The same kernel with tiles of other shapes; null: none. `wide`: fewer rows, more vectors. `narrow`: one vector and
+  // more rows. `tall`: two vectors and more rows. The last two are pitched. wgrad does not use them, because sum_rows
+  // cannot add up that many rows.
   const Microkernel *wide, *narrow, *tall;
   const Microkernel* float16_b;  // the same for a B in place in float16; null: none
 };

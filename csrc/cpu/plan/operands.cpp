@@ -1,4 +1,4 @@
-// Which microkernel a problem gets, in which shape of tiles, and where each operand comes from, with the reason.
+// Chooses the microkernel of a problem, the shape of its tiles, and where each operand comes from, with the reason.
 #include <algorithm>
 
 #include "plan_facts.h"
@@ -6,23 +6,24 @@
 namespace conv1x1 {
 namespace {
 
-// Kernels in parts (amx/amx_kernel.h), measured on a Xeon with AMX: channels in and out, and pixels of an image, from
-// which they are faster than multiply-adds of the dtype itself.
+// Channels in and out, and pixels of an image, from which kernels in parts (amx/amx_kernel.h) are faster than
+// multiply-adds of the dtype itself. Measured on a Xeon with AMX.
 constexpr int64_t kChannelsForParts = 64, kPixelsForParts = 32;
-constexpr int64_t kLeastOfTile = 16, kTileOfWeights = 32;  // channels out that are one tile of a weight
-// wgrad: columns from which a wide tile pays, where A's panels are rows (measured with AVX-512).
+constexpr int64_t kLeastOfTile = 16, kTileOfWeights = 32;  // output channels of a weight that is one tile
+// wgrad: the number of columns from which a wide tile is faster, if A's panels are rows (measured with AVX-512).
 constexpr int64_t kWideWgrad = 256;
 
-// Can a tile read B in place? One stride along k, and unit stride along the n of a whole segment.
+// Can a tile read B in place? k must have one stride, and n unit stride within a segment.
 bool b_readable(const GemmProblem& p, const Microkernel& kernel) {
   const Axis& col = p.b.col;
   return p.dtype == kernel.b_in_place && kernel.kr == 1 && !p.b.aux && !p.exchanged && p.b.row.linear() &&
          col.inner_stride() == 1 && p.n_segment > 0 && (col.linear() || col.inner_size() % p.n_segment == 0);
 }
 
-// In place, rows 2 KiB (or a multiple) apart fall into a few cache sets and a page each; packing pays once the panel is
-// read several times. wgrad's pieces of k are fetched into L2 beforehand, from where a tile can read them in place;
-// where its rows are but a line or two of such a distance, as AVX2's, they are more pages than a TLB holds.
+// Does B conflict in cache if it is read in place? Rows that are a multiple of 2 KiB apart share a few cache sets and
+// have a page each, so packing pays if the panel is read several times. wgrad's pieces of k are prefetched into L2,
+// from where a tile can read them in place. But a tile whose rows are only one or two lines of such a distance (AVX2)
+// reads more pages than a TLB holds.
 bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t element, int64_t m_tiles) {
   const int64_t pitch = p.b.row.inner_stride() * element;
   if (p.k < 64 || m_tiles < 4) return false;
@@ -30,18 +31,19 @@ bool b_conflicts(const GemmProblem& p, const Microkernel& kernel, int64_t elemen
   return pitch % 2048 == 0 || (p.b_is_weight && pitch > 1024);
 }
 
-// A tile of A read along m is a narrow strip of lines, k of them; rows a multiple of 1 KiB apart leave it a few cache
-// sets, and every tile of n would fetch it from L3 again.
+// A tile of A that is read along m is k short lines. If they are a multiple of 1 KiB apart, they share a few cache
+// sets, and every tile of n would load them from L3 again.
 bool a_conflicts(const GemmProblem& p, int64_t element, int64_t n_tiles) {
   return p.k >= 64 && n_tiles >= 4 && p.a.col.inner_stride() * element % 1024 == 0;
 }
 
-// AMX loads rows an even distance apart, in whole groups of steps.
+// AMX loads rows that have a constant distance, in whole groups of steps.
 bool a_suits_tiles(const GemmProblem& p, const Microkernel& kernel) {
   return p.a.row.linear() && p.k % (kernel.kr * kernel.ks) == 0;
 }
 
-// Pooling's tiles lie within so many images that they are nearly full, and all of whose pixels go to one thread.
+// The number of images that a tile of average pooling may span, so that tiles are nearly full. All pixels of these
+// images belong to one thread.
 int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   int64_t best = 1;
   double most = 0;
@@ -53,15 +55,15 @@ int64_t pooled_images(int64_t pixels, int64_t batch, int64_t unit) {
   return best;
 }
 
-// The shape of a tile: of those that fit, the one that cuts D into the fewest tiles, each of which costs its loads of C
-// and its stores besides the multiply-adds. A weight that is B is packed for one shape whatever the activations are, so
-// nothing but n may decide then; a single panel of one or two vectors is the same in every shape.
+// Chooses the shape of a tile: of the shapes that fit, the one that cuts D into the fewest tiles, because every tile
+// costs loads and stores of C besides its multiply-adds. If B is the weight, only n may decide, because the weight is
+// packed for one shape whatever the activations are. (A single panel of one or two vectors is the same in every shape.)
 void choose_shape(const GemmProblem& p, Plan& plan) {
   const Microkernel& usual = *plan.kernel;
   const bool along_k = plan.a_access == AccessA::kRows;
   const bool wgrad_is_wide = usual.kr == 1 && along_k && p.n >= kWideWgrad;
   if ((p.split_k && !wgrad_is_wide) || plan.n.segments == 0 || (plan.prepacked && p.a_is_weight && !along_k)) return;
-  // Rows a constant distance apart, in panels or in place.
+  // Do rows of A have a constant distance, in panels or in place?
   const bool pitched = !plan.a.in_place() || !along_k || p.a.row.linear();
   const auto whole_rows = [&](const Microkernel* shape) { return shape && p.m >= shape->mr && pitched; };
   struct Candidate {
@@ -75,7 +77,7 @@ void choose_shape(const GemmProblem& p, Plan& plan) {
       {usual.narrow, ", the narrow shape: one vector of columns", whole_rows(usual.narrow) && plan.n.vectors == 1, 1},
       {usual.tall, ", the tall shape: two vectors of columns",
        whole_rows(usual.tall) && plan.n.vectors == 2 && plan.n.count() == 1 && along_k, 1},
-      // Where A's panels have lines of MR, the usual one: lines of 6 are slow to pack.
+      // Not where panels of A have lines of MR elements: lines of 6 are slow to pack.
       {usual.wide, ", the wide shape: fewer tiles", usual.wide && (p.b_is_weight || along_k), 0.97},
   };
   const Candidate* best = nullptr;
@@ -97,7 +99,7 @@ const char* in_parts(const Microkernel& kernel) {
   return kernel.parts == 3 ? "as the sum of 3 bfloat16, exactly" : "as the sum of 2 bfloat16, exactly";
 }
 
-// Activations in parts that are read in place, split between the products: where a panel would be read but once.
+// Reads activations in parts in place and splits them between products, where a panel would be read only once.
 void choose_split_between_products(const GemmProblem& p, Plan& plan) {
   if (!one_tile_of_weights(p, *plan.kernel)) return;
   const bool three = plan.kernel->parts == 3;
@@ -118,7 +120,7 @@ void choose_split_between_products(const GemmProblem& p, Plan& plan) {
   }
 }
 
-// Why an operand is packed, if it is for a reason that A and B share; else null.
+// The reason why an operand must be packed, if it is a reason that A and B share; else null.
 const char* why_packed(const GemmProblem& p, const Microkernel& kernel, const Matrix& matrix, bool sums) {
   if (kernel.parts > 1) return in_parts(kernel);
   if (p.dtype != kernel.operand) return "converted to float32";
@@ -134,7 +136,7 @@ OperandPlan packed(bool weight, bool from_caller, const char* why) {
 
 void choose_b(const GemmProblem& p, Plan& plan, int64_t element) {
   const Microkernel& kernel = *plan.kernel;
-  // Tiles that stop at image borders can read B in place; tiles that span images keep vectors full.
+  // Tiles that stop at the border of an image can read B in place. Tiles that span images keep vectors full.
   int64_t segment = p.n_segment;
   const double full = static_cast<double>(segment) / round_up(std::max<int64_t>(segment, 1), kernel.vector);
   const bool readable = b_readable(p, kernel), conflicts = b_conflicts(p, kernel, element, plan.m.count());
@@ -202,10 +204,10 @@ const Microkernel& choose_kernel(const GemmProblem& p, const KernelSet& kernels)
   const int64_t out = p.a_is_weight ? p.m : p.n, in = p.split_k ? p.m : p.k;
   const int64_t pixels = p.split_k ? p.k : (p.a_is_weight ? p.n_segment : p.m_segment);
   const bool many = in >= kChannelsForParts && out >= kChannelsForParts && pixels >= kPixelsForParts;
-  // float16 has to be converted in either case. (Of wgrad, the layout decides which side is which.)
+  // float16 must be converted in any case. (wgrad is left out: its layout decides which side is which.)
   const bool many_of_float16 = p.dtype == DType::kFloat16 && !p.split_k && in >= 2 * kChannelsForParts &&
                                out >= kChannelsForParts / 2 && pixels >= 2 * kPixelsForParts;
-  // One tile of a weight reads activations in place.
+  // If the weight is a single tile, activations are read in place.
   const bool one_tile = !p.split_k && in >= kChannelsForParts && out >= kLeastOfTile && out <= kTileOfWeights &&
                         pixels >= 2 * kPixelsForParts;
   return many || many_of_float16 || one_tile ? *parts : kernels.for_dtype(p.dtype);
@@ -213,7 +215,7 @@ const Microkernel& choose_kernel(const GemmProblem& p, const KernelSet& kernels)
 
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element) {
   choose_sources(p, plan, element);
-  // float16 in place, converted in every tile that reads it, rather than packed.
+  // Reads a B of float16 in place, converted in every tile that loads it, instead of packing it.
   const Microkernel* converts = plan.kernel->float16_b;
   if (!converts || p.dtype != converts->b_in_place || p.b_is_weight || p.split_k) return;
   Plan converting = plan;

@@ -31,7 +31,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   const int64_t units_m = images_m ? plan.m.segments : plan.m.count();
   const int64_t units_n = images_n ? plan.n.segments : std::max<int64_t>(plan.n.count(), 1);
   const double multiply = plan.kernel->amx ? plan.kernel->amx->products / 32.0 : 0.5;
-  // Cycles to read and, where it is packed, to pack an element: small weights come from L2, all else from further.
+  // Cycles to read and, if it is packed, to pack an element. Small weights come from L2, all other operands from
+  // farther away.
   const bool weight_is_near = (p.a_is_weight ? p.m : p.n) * p.k * dtype_size(p.dtype) <= l2_bytes();
   const auto cost_of = [&](const OperandPlan& how, bool weight, bool transposes, const void* aux) {
     const double read = (weight && weight_is_near ? 0.1 : 0.5) * (aux ? 2 : 1);
@@ -39,7 +40,8 @@ void choose_partition(const GemmProblem& p, Plan& plan, int max_threads) {
   };
   const double cost_a = cost_of(plan.a, p.a_is_weight, false, p.a.aux);
   const double cost_b = cost_of(plan.b, p.b_is_weight, p.b.col.inner_stride() != 1, p.b.aux);
-  // Packed by block, and by all threads that use it; or once, by the thread that uses it, or by all and by way of L3.
+  // The cost of an operand. Packed by block: every thread that uses it packs it. Packed once: by the one thread that
+  // uses it, or by all threads, which then read it from L3.
   const auto bring = [&](const OperandPlan& how, double cost, int64_t all, int64_t own, int others, int64_t times) {
     if (!how.whole()) return static_cast<double>(own * times) * cost;
     return others == 1 ? static_cast<double>(own) * cost : 2 * static_cast<double>(all) * cost / threads;

@@ -1,5 +1,6 @@
-// GemmProblem -> Plan: blocks, k-slices, what is packed where, and the workspace. Pure; the choice of kernel, tiles and
-// operands' sources is operands.cpp's, the threads' shares are partition.cpp's; explain.cpp prints the result.
+// GemmProblem -> Plan: k-slices, blocks, which panels are packed where, and the workspace. A pure function.
+// operands.cpp chooses the kernel, the tiles and the sources of operands, partition.cpp the threads' shares.
+// explain.cpp prints the result.
 //
 // The choices that decide the bits of results are the microkernel's arithmetic, kc, the k-slices, the pieces of k of
 // operands in parts, and the packed length over which bias gradients are summed. None depends on the number of threads.
@@ -22,26 +23,26 @@ constexpr int64_t kNarrowChain = 32, kChain = 64, kLongChain = 128, kHalfChain =
 constexpr int64_t kLongK = 512;            // k from which chains may be long
 constexpr int64_t kPackedK = 256;          // k packed at a time where accumulators are carried; a multiple of chains
 constexpr int64_t kTiledK = 512;           // the same with AMX: a tile of A is then 32 KiB, which stay in L1
-constexpr int64_t kPartsK = 384;           // the same of operands in parts whose rows are along k, ...
-constexpr int64_t kLongRows = 2048;        // ... and at least as long
-constexpr int64_t kLongParts = 2304;       // parts times k: panels of a longer k leave too few of them in L2
-constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they stream past B's block from L2 or L3
+constexpr int64_t kPartsK = 384;           // the same in wgrad of operands in parts whose rows along k ...
+constexpr int64_t kLongRows = 2048;        // ... have at least this length
+constexpr int64_t kLongParts = 2304;       // parts times k packed at a time: L2 holds too few longer panels
+constexpr int64_t kMaxBlockA = 2 << 20;    // bytes of A packed at a time: they pass by B's block, from L2 or L3
 constexpr int64_t kMaxCarried = 1 << 21;   // accumulators that a thread carries from one packed piece of k to the next
 constexpr int64_t kMinSlice = 2048;        // wgrad: shortest k-slice worth a partial result
 constexpr int64_t kMaxPartials = 1 << 21;  // wgrad: elements of partial results
 constexpr int64_t kMaxSlices = 64;
-constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: of pixels, in a slice; in all
-constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place: their pages share its sets by chance
-constexpr int64_t kOwnPanels = 2 << 20;    // of a weight, over all threads, that each packs for itself
-constexpr int64_t kRowsToCopy = 1024;      // of A, that a thread multiplies with a packed weight it copies beforehand
-constexpr int64_t kStripBytes = 32 << 10;  // of A: the tiles that one call computes
+constexpr int64_t kTurnBytes = 1 << 20, kTurnsFrom = 4 << 20;  // wgrad of groups: bytes of a slice; of all pixels
+constexpr int64_t kInPlaceL2 = 1 << 20;    // of a larger L2, for blocks in place, whose pages share sets by chance
+constexpr int64_t kOwnPanels = 2 << 20;    // bytes of a weight's panels, all threads together, if each packs its own
+constexpr int64_t kRowsToCopy = 1024;      // rows of A from which a thread copies panels that the caller packed
+constexpr int64_t kStripBytes = 32 << 10;  // bytes of A in the tiles that one call computes
 constexpr int64_t kMaxStrip = 16;
-constexpr int64_t kPooledTiles = 4;                       // in parts, that one call computes before they are pooled
-constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // the same with AMX, by groups of k of a tile of C
-constexpr int64_t kStreamedBytes = 32 << 20;  // results from there on come from fresh pages and outlive no L3
+constexpr int64_t kPooledTiles = 4;                       // tiles in parts in one call, before they are pooled
+constexpr int64_t kGroupsACall = 64, kMaxTiledStrip = 8;  // AMX: groups of k in a call; rows of tiles in a call
+constexpr int64_t kStreamedBytes = 32 << 20;              // larger results come from fresh pages and do not stay in L3
 // Operands and results that L3 is likely to hold. What the operating system tells may be the L3 of all cores together.
 constexpr int64_t kCachedBytes = 16 << 20;
-constexpr int64_t kCachedInL2 = 3 << 20;  // that the threads' L2 hold
+constexpr int64_t kCachedInL2 = 3 << 20;  // the same for the L2 of the threads
 
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
 constexpr int kL1 = _SC_LEVEL1_DCACHE_SIZE, kL2 = _SC_LEVEL2_CACHE_SIZE;
@@ -68,8 +69,9 @@ int64_t l2_bytes() {
 
 namespace {
 
-// k that wgrad packs at a time. Long pieces load and store its accumulators less often; but where lines are packed at
-// the speed of memory, what is fetched for the next piece must find room in L2 beside this one.
+// The length of k that wgrad packs at a time. With longer pieces accumulators are loaded and stored less often. But
+// where lines are packed at the speed of memory, the prefetched data of the next piece must fit into L2 beside this
+// piece.
 int64_t wgrad_k_step(const GemmProblem& p, const Plan& plan) {
   const int64_t kr = plan.kernel->kr, size = dtype_size(p.dtype), parts = plan.kernel->parts;
   // One chain at a time; more where rows along k are long and memory is then read faster.
@@ -186,7 +188,7 @@ void choose_blocks(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.block_n = plan.packs_ahead() ? tiles_n : ceil_div(tiles_n, ceil_div(tiles_n, fit));  // of nearly equal size
   plan.block_m = tiles_m;
   const bool repacks_b = plan.b.by_block() && (carried || plan.block_n < tiles_n);  // for every block of A
-  // A large block of A where all of B passes by it once more for each.
+  // If all of B is read again for each block of A, the block is large.
   if (plan.a.source == Source::kPackedByBlock) {
     const int64_t most = repacks_b ? kMaxBlockA : (plan.block_n == tiles_n ? l2 / 8 : (in_parts ? l2 / 4 : l2 / 2));
     plan.block_m = clamp(most / (mr * steps * element), 1, tiles_m);
@@ -266,7 +268,7 @@ void size_workspace(const GemmProblem& p, Plan& plan, int64_t element) {
   plan.panel_a = mr * steps + 64 / element;
   plan.panel_b = nr * steps + 64 / element;
   const int64_t panels_a = plan.packs_ahead() ? 2 : plan.block_m;
-  // What is read in place has a panel for tiles that are repaired.
+  // An operand in parts that is read in place has one panel, for tiles that are repaired.
   if (plan.a.by_block()) plan.block_a = bytes(panels_a * plan.panel_a * element);
   if (plan.b.by_block()) plan.block_b = bytes(plan.block_n * plan.panel_b * element);
   if (plan.a.source == Source::kSplitBetweenProducts) plan.block_a = bytes(plan.panel_a * element);

@@ -1,11 +1,13 @@
 // How the CPU runs a GemmProblem.
 //
-//   plan.cpp          GemmProblem -> Plan (a pure function)     driver.cpp  GemmProblem + Plan -> threads and phases
-//   operands.cpp      kernel, tiles, where operands come from   worker.h    a thread's loop nest around blocks
-//   partition.cpp     what each thread computes                 fma_block.h, amx/amx_block.h   the loops in a block
-//   roles.cpp         which operand is A                        panels.h    packed operands
-//   explain.cpp       a plan in words                           columns.h, output.h   a block's columns of D; the way
-//   out microkernel.h     what runs in a tile                       fetch_ahead.h   what the next block reads
+//  GemmProblem -> Plan (a pure function)                GemmProblem + Plan -> result (cpu/run/)
+//  plan.cpp        k, blocks, strips, workspace         driver.cpp      workspace, threads, phases
+//  operands.cpp    kernel, tiles, sources of A and B    worker.h        a thread's loop nest around blocks
+//  partition.cpp   what each thread computes            fma_block.h, amx_block.h    the loops in a block
+//  roles.cpp       which operand is A                   panels.h, columns.h         packed operands; columns of tiles
+//  explain.cpp     a plan in words                      output.h, fetch_ahead.h     stores; prefetches
+//
+// The loops call a microkernel (cpu/kernels/microkernel.h).
 #pragma once
 
 #include <string>
@@ -17,16 +19,16 @@ namespace conv1x1 {
 
 // Where a tile's operand comes from.
 enum class Source : int {
-  kInPlace,               // as it lies in memory
-  kConvertedOnLoad,       // likewise, converted to the kernel's dtype in every tile that reads it
-  kSplitBetweenProducts,  // likewise, of a kernel in parts: a group of k at a time, while the one before is multiplied
-  kPackedOnce,            // in panels, all of it before the first tile
-  kPackedByBlock,         // in panels, a block at a time, by every thread that reads it
-  kPackedAhead,           // A's rows of tiles, each between the products of the one before
-  kFromCaller,            // in panels that the caller made before
+  kInPlace,               // read in place, from the tensor itself
+  kConvertedOnLoad,       // read in place, converted to the kernel's dtype by every tile that reads it
+  kSplitBetweenProducts,  // read in place, in parts: a group of k is split while the group before is multiplied
+  kPackedOnce,            // in panels; the whole operand is packed before the first tile
+  kPackedByBlock,         // in panels; every thread packs the block that it reads next
+  kPackedAhead,           // A in parts: a row of tiles is packed between the products of the row before
+  kFromCaller,            // in panels that the caller packed beforehand
 };
 
-// With the reason, in words: explain() prints it.
+// Where an operand comes from, with the reason in words that explain() prints.
 struct OperandPlan {
   Source source = Source::kInPlace;
   const char* reason = "";
@@ -58,7 +60,7 @@ struct Tiling {
     return tiles <= 0 ? 0 : (tiles * vectors + per_segment - 1) / per_segment;
   }
 
-  // `limit` if so many tiles from t on are as long as it, else one.
+  // `limit` if that many tiles from t on have the same length and lie in one segment, else 1.
   int64_t same_size(int64_t t, int64_t limit) const {
     if (limit <= 1) return 1;
     const Tile first = (*this)[t], last = (*this)[t + limit - 1];  // lengths differ by one unit at most
@@ -92,7 +94,7 @@ struct Plan {
   bool prepacked = false;            // the caller brought the weight's panels; B, packed by block, copies them
   int64_t block_m = 1, block_n = 1;  // tiles of m and n in a block
   bool groups_take_turns = false;    // groups are inside the loop over blocks of m (wgrad: k-slices), not outside
-  bool fetches_rows = true;          // of A, where tiles read them in place: into L1, two tiles ahead
+  bool fetches_rows = true;          // rows of A that tiles read in place are prefetched into L1, two tiles ahead
   int64_t strip = 1;                 // tiles of m that one call of the microkernel computes, at most
   int64_t piece = 0;                 // steps of k that such a call computes for all of its tiles at a time
   int64_t partials_kept = 1;         // tiles of a call whose sums are kept between pieces
@@ -137,6 +139,6 @@ void pack_weight(const GemmProblem& problem, const KernelSet& kernels, void* pan
 
 enum Status : int { kOk = 0, kOutOfMemory = 1 };
 Status run_gemm(const GemmProblem& problem, const Plan& plan);
-Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // makes the plan
+Status run_gemm(const GemmProblem& problem, int max_threads, const KernelSet& kernels);  // with_best_roles()
 
 }  // namespace conv1x1

@@ -1,4 +1,4 @@
-// What the files that make a plan share (plan.h lists them).
+// What the files of this folder share to make a plan (plan.h lists them).
 #pragma once
 
 #include "plan.h"
@@ -13,15 +13,15 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? lo
 
 int64_t l2_bytes();  // of a core, as the operating system tells it, within bounds
 
-// operands.cpp. The microkernel: by dtype, channels and the pixels of an image, for neither the batch nor threads may
-// decide a result's bits.
+// operands.cpp. Chooses the microkernel by dtype, channels and the pixels of an image. Neither the batch nor the
+// threads may decide a result's bits.
 const Microkernel& choose_kernel(const GemmProblem& p, const KernelSet& kernels);
-// Plan::a, b, a_access, m, n, and the kernel's shape. `element`: bytes of an accumulator.
+// Sets Plan::a, b, a_access, m, n, and the shape of the kernel's tiles. `element`: bytes of an accumulator.
 void choose_operands(const GemmProblem& p, Plan& plan, int64_t element);
-// Has a kernel in parts all of a weight's channels, of one group, in one tile?
+// Do all output channels of a group fit into one tile of a kernel in parts?
 bool one_tile_of_weights(const GemmProblem& p, const Microkernel& kernel);
 
-// partition.cpp. Plan::part_*, threads; and tiles of n that come out even for so many parts.
+// partition.cpp. Sets Plan::part_* and threads. evened() returns n, or tiles whose number divides evenly by `parts`.
 void choose_partition(const GemmProblem& p, Plan& plan, int max_threads);
 Tiling evened(const GemmProblem& p, const Tiling& n, int64_t parts);
 

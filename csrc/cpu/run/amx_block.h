@@ -1,5 +1,5 @@
-// A block's tiles by AMX's kernels. A call computes a row of tiles side by side; its last one's stores wait for the
-// next call's products, and what a later row of tiles needs is fetched, or packed, between them.
+// Computes the tiles of a block by AMX's kernels. A call computes a row of tiles side by side. The stores of its last
+// tile wait for the next call's products. What a later row of tiles needs is prefetched, or packed, between products.
 #pragma once
 
 #include <algorithm>
@@ -37,11 +37,12 @@ class AmxBlock {
 
   void enter() { amx_.enter(); }
   void leave() { amx_.leave(); }
-  // Rows of tiles fetch what the next ones read (see NextRows) but for blocks of A that are packed.
+  // Does FetchAhead prefetch the next blocks? Only packed blocks of A: otherwise rows of tiles prefetch what the next
+  // rows read (NextRows).
   static bool fetches_blocks(const GemmProblem& p, const Plan& plan) {
     return !p.split_k && plan.a.by_block() && !plan.b.in_place();
   }
-  // What the parts of operands cannot show in a bias gradient.
+  // Corrects sums of a bias gradient that parts cannot represent.
   void repair_sums(double* sums, bool of_a, const Tiling::Tile& t, int64_t k0, int64_t nk) const {
     if (kernel_.parts > 1) exact_.repair_sums(sums, of_a, task_.group, t, k0, nk);
   }
@@ -87,7 +88,7 @@ class AmxBlock {
         args.n = c.tile.size;
         on_the_fly_.vectors = vectors_[j];
         if (kernel_.parts > 1) {
-          Repairer& r = repairers_[repairer_ ^= 1];  // the tile before may still be waiting
+          Repairer& r = repairers_[repairer_ ^= 1];  // the pending tile may still use the other one
           r = {this, {task_.group, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}, j, args.a_step};
           args.repair = repair_tile;
           args.repairer = &r;
@@ -108,7 +109,7 @@ class AmxBlock {
           args.ld_out = p_.n;
           fn(args);
         } else {
-          Epilogue& e = epilogues_[epilogue_ ^= 1];  // the one before may still be waited for
+          Epilogue& e = epilogues_[epilogue_ ^= 1];  // the pending tile may still use the other one
           const auto place = output_.enter(args, e, ti, row, c, args.panels, args.next_c.rows == 0);
           fn(args);
           if (!place.is_final) amx_.finish_pending(pending_);
@@ -122,14 +123,14 @@ class AmxBlock {
   }
 
  private:
-  // So many whole tiles from a column on lie side by side in D, and their panels b_step bytes apart.
+  // The number of whole tiles, from a column on, that lie side by side in D and whose panels are b_step bytes apart.
   struct Joined {
     int64_t count, b_step;
   };
 
-  // A of a row of tiles from k0 on.
+  // Sets the A of a row of tiles from k0 on: `rows`, or args.a and args.lda.
   void prepare_rows(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, AmxTileArgs& args) const {
-    if (plan_.a.in_place()) {  // rows an even distance apart: a_suits_tiles()
+    if (plan_.a.in_place()) {  // rows have a constant distance: a_suits_tiles()
       const int64_t size = dtype_size(p_.dtype), pitch = p_.a.row.stride[0] * size;
       const void* first =
           task_.element(p_.a.data, task_.group * p_.a.group_stride + k0 + run_at(p_.a.row, t.start, 1).offset);
@@ -140,8 +141,8 @@ class AmxBlock {
     args.a = panels_.packed_a(task_.group, i) + (plan_.a.whole() ? plan_.steps(k0) * args.lda : 0);
   }
 
-  // How many tiles from row of tiles i on, before `end`, one call can compute: of one size, in D one run of rows, in A
-  // a constant distance apart.
+  // The number of rows of tiles, from row i on and before `end`, that one call can compute. They must have the same
+  // size, be one run of rows in D, and have a constant distance in A. Sets args.a_step.
   int64_t strip_from(int64_t i, int64_t end, AmxTileArgs& args) const {
     const Tiling::Tile t = plan_.m[i];
     const bool even = !plan_.a.in_place() || p_.a.row.linear();
@@ -153,7 +154,8 @@ class AmxBlock {
     return count;
   }
 
-  // Which columns one call can compute: whole ones, the same distance apart in B; `to_d`, and side by side in D.
+  // Finds the columns that one call can compute: whole tiles, at a constant distance in B and, if `to_d`, side by side
+  // in D.
   void join_columns(int64_t count, bool to_d) {
     const int64_t nr = kernel_.nr;
     const auto whole = [&](const Column& c) {
@@ -172,9 +174,9 @@ class AmxBlock {
     }
   }
 
-  // What the next rows of tiles will read of A and be stored to, in the order in which it lies in memory. Each of this
-  // row's calls fetches a share; the blocks that come next are left to the hardware (but those of A that are packed),
-  // because products take so few cycles that memory would hold them up.
+  // What the next rows of tiles will read of A and store to D, in the order of memory. Each call of this row prefetches
+  // a share of it. Later blocks are left to the hardware, except packed blocks of A (FetchAhead), because products take
+  // so few cycles that more prefetches would delay them.
   struct NextRows {
     Fetch a, c;                  // of all its rows
     int64_t rows = 0, each = 0;  // for each call
@@ -192,7 +194,7 @@ class AmxBlock {
       const int64_t pitch = p_.a.row.stride[0] * dtype_size(p_.dtype);
       next.a = {static_cast<const char*>(rows[0]) + m * pitch, next.rows, pitch, nk * dtype_size(p_.dtype)};
     }
-    // Rows of D that are one stretch of memory.
+    // Only rows of D that are one contiguous stretch of memory.
     const Column &first = columns_[0], &last = columns_[calls - 1];
     if (!columns_.all_unit() || !p_.d.row.linear() || output_.streams()) return next;
     const int64_t width = last.out + last.tile.size - first.out, size = dtype_size(p_.out_dtype);
@@ -212,7 +214,7 @@ class AmxBlock {
     args.next_c = part(next.c);
   }
 
-  // Tile i of A, to be packed while so many tiles are computed.
+  // Prepares tile i of A to be packed while `tiles` tiles are computed.
   void pack_ahead(int64_t i, int64_t k0, int64_t nk, int64_t tiles) {
     PackAhead& pack = next_a_;
     const Tiling::Tile t = plan_.m[i];
@@ -242,7 +244,8 @@ class AmxBlock {
     pack.step = amx_.pack_ahead[static_cast<int>(task_.mask_of(p_.a))];
   }
 
-  // AmxTileArgs::on_the_fly of a row of tiles: of A, a strip of tiles `step` bytes apart, or of B, but for the columns.
+  // AmxTileArgs::on_the_fly of a row of tiles, or null. For A: of a strip of tiles `step` bytes apart. For B: all but
+  // `vectors`.
   const OnTheFly* on_the_fly(const Tiling::Tile& ti, int64_t step, int64_t k0, int64_t nk) {
     const bool of_a = plan_.a.source == Source::kSplitBetweenProducts;
     if (!of_a && plan_.b.source != Source::kSplitBetweenProducts) return nullptr;
@@ -266,8 +269,8 @@ class AmxBlock {
     return &on_the_fly_;
   }
 
-  // Where the columns of a block lie in a row of B that is split between products. Each tile fetches the one after it,
-  // which may be the next block's.
+  // Sets where the columns of a block lie in a row of B that is split between products. Each tile prefetches the tile
+  // after it, which may belong to the next block.
   void place_columns(const Range& js) {
     for (int64_t j = js.begin; j < js.end; ++j) place_vectors(plan_.n[j], vectors_[j - js.begin]);
     OnTheFlyVector after[2];
@@ -277,7 +280,7 @@ class AmxBlock {
       for (int v = 0; v < 2; ++v) vectors_[j][v].next = next[v].at, vectors_[j][v].aux_next = next[v].aux_at;
   }
 
-  // Of one tile, its vectors; of one vector, twice.
+  // Sets the two vectors of one tile. A tile of one vector fills in both.
   void place_vectors(const Tiling::Tile& tile, OnTheFlyVector* vectors) const {
     const auto lanes = [](int64_t n) { return (uint32_t{1} << n) - 1; };
     for (int64_t j = 0; j < tile.size; j += kernel_.vector) {
@@ -294,7 +297,7 @@ class AmxBlock {
     }
   }
 
-  // AmxTileArgs::repair, of a tile in parts.
+  // AmxTileArgs::repairer: what the repair of a tile in parts needs to know.
   struct Repairer {
     AmxBlock* block;
     ExactSums::Sums of;  // of the call's first tile
@@ -313,7 +316,7 @@ class AmxBlock {
     r.block->exact_.repair(sums, ld, finite, of);
   }
 
-  // The panels of tiles that were read in place, for exact_.
+  // Packs a tile that was read in place, for exact_.
   void pack_for_repair(ExactSums::Sums& of) {
     const bool of_a = plan_.a.source == Source::kSplitBetweenProducts;
     if (!of_a && plan_.b.source != Source::kSplitBetweenProducts) return;
@@ -346,7 +349,7 @@ class AmxBlock {
   OnTheFlyVector vectors_[kMaxBlockN][2];
   OnTheFly on_the_fly_;
   PackAhead next_a_;
-  alignas(64) char pending_[kMaxPending];  // only its first bytes are zeroed: small calls would feel it
+  alignas(64) char pending_[kMaxPending];  // only its first bytes are zeroed, to keep small calls fast
 };
 
 }  // namespace conv1x1

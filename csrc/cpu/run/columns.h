@@ -1,4 +1,5 @@
-// What a block's columns of tiles are in B and in D, worked out once for all of its rows of tiles.
+// Where a block's columns of tiles lie in B and in D, computed once for all rows of tiles of the block. T as in
+// panels.h.
 #pragma once
 
 #include "panels.h"
@@ -9,7 +10,7 @@ struct Column {
   Tiling::Tile tile;
   const void* b;            // null: split between the products
   int64_t ldb, out, aux;    // where the tile's columns begin in D and in its residual
-  bool out_unit, aux_unit;  // and whether one unit stride walks them, or those in `splits` do
+  bool out_unit, aux_unit;  // whether they have unit stride there, in one run or in `splits`
   bool split;
   Split splits[kMaxNv];
 };
@@ -20,7 +21,7 @@ class Columns {
   Columns(const Task& task, const Panels<T>& panels)
       : task_(task), p_(task.p), plan_(task.plan), kernel_(task.kernel), panels_(panels) {
     transcendental_ = !masks_from_output(p_.activation);
-    // Can a tile be stored where D lies? Slices' sums and activations that follow need the accumulators' type.
+    // Can a tile be stored directly to D? Sums of slices, and activations that follow, need the accumulators' type.
     whole_out_ = p_.out_dtype == kernel_.dtype;
     half_out_ = !whole_out_ && kernel_.stores_half && !transcendental_;
     same_strides_ = true;
@@ -56,14 +57,15 @@ class Columns {
   }
 
   const Column& operator[](int64_t j) const { return columns_[j]; }
-  // Every column has out_unit, and aux_unit where there is a residual.
+  // True if every column has out_unit and, with a residual, aux_unit. False with pooling.
   bool all_unit() const { return all_unit_; }
   bool whole_out() const { return whole_out_; }
   bool half_out() const { return half_out_; }
   bool transcendental() const { return transcendental_; }
 
  private:
-  // Columns in several runs of D: where each vector's lie from the first one on. False where one would need three runs.
+  // For columns in several runs of D: where the columns of each vector lie, relative to the first column. False if a
+  // vector needs three runs.
   bool split_columns(Column& c) const {
     const int width = kernel_.vector;
     const Axis& axis = p_.d.col;

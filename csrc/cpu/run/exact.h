@@ -1,4 +1,4 @@
-// Recomputes in float32 the sums that operands in parts (microkernel.h) get wrong: where an operand is infinite, NaN or
+// Recomputes in float32 the sums that operands in parts (amx_kernel.h) get wrong: where an operand is infinite, NaN or
 // too large for its parts, and where operands are so small that parts of their products vanish. Whether an output is
 // recomputed, and its bits, depend on its own row of A and column of B alone. The code is slow and seldom called.
 #pragma once

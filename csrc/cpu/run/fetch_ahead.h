@@ -1,6 +1,6 @@
-// What the next block will read from memory, fetched into L2 while this one is computed: a few lines at a time
-// (FetchShare), spread over all steps of every tile, because many at once would hold up the loads of the tile
-// itself. Hardware prefetchers do not see these reads coming: they are short pieces of many rows.
+// Prefetches what the next block will read into L2 while this block is computed: a few lines at a time (FetchShare),
+// spread over all steps of every tile, because many at once would delay the loads of the tile itself. Hardware
+// prefetchers do not predict these reads, which are short pieces of many rows.
 #pragma once
 
 #include "../kernels/microkernel.h"
@@ -11,7 +11,8 @@ class FetchAhead {
  public:
   void clear() { count_ = current_ = 0, left_ = 0; }
 
-  // Rows [r0, r0 + nr) by columns [k0, k0 + nk) of a matrix in memory, and as much of the tensor that masks it.
+  // Adds rows [r0, r0 + nr) by columns [k0, k0 + nk) of a matrix in memory, and the same piece of the tensor that masks
+  // it. `near`: into L1.
   void add(const Matrix& matrix, int64_t group, int64_t element, const Axis& r, int64_t r0, int64_t nr, const Axis& k,
            int64_t k0, int64_t nk, bool near) {
     for (int64_t i = 0; i < nr && count_ < kMost;) {
@@ -29,8 +30,8 @@ class FetchAhead {
     }
   }
 
-  // The share of a call that computes so many tiles `here`, of `steps` each, where `tiles` are still to come, these
-  // included.
+  // The share of a call that computes `here` tiles of `steps_of_tile` steps each. `tiles` tiles are still to be
+  // computed, those of this call included.
   FetchShare share(int64_t tiles, int64_t here, int64_t steps_of_tile) {
     FetchShare share;
     while (current_ < count_) {

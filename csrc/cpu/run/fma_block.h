@@ -1,4 +1,4 @@
-// A block's tiles by the multiply-add kernels. T as in panels.h.
+// Computes the tiles of a block by the multiply-add kernels. T as in panels.h.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ class FmaBlock {
  public:
   using T = Accumulator;
 
-  // accumulators: plan.kept() tiles, then plan.partials_kept, then what Output takes.
+  // accumulators: memory for plan.kept() tiles, then for plan.partials_kept tiles, then what Output takes.
   FmaBlock(const Task& task, const Panels<T>& panels, T* accumulators)
       : task_(task),
         p_(task.p),
@@ -32,7 +32,7 @@ class FmaBlock {
 
   void enter() {}
   void leave() {}
-  // Does the driver fetch what the blocks that come next will read?
+  // Does FetchAhead prefetch the next blocks?
   static bool fetches_blocks(const GemmProblem&, const Plan&) { return true; }
   void repair_sums(double*, bool, const Tiling::Tile&, int64_t, int64_t) const {}
 
@@ -88,7 +88,7 @@ class FmaBlock {
  private:
   static constexpr int64_t kMaxStripRows = 256;
 
-  // The A of a row of tiles from k0 on, before it is known how many it is joined with.
+  // Sets the A of a row of tiles from k0 on. strip_from() decides later how many rows of tiles are one call.
   void prepare_rows(int64_t i, const Tiling::Tile& t, int64_t k0, const void** rows, FmaTileArgs& args) const {
     const int64_t step = plan_.a.whole() ? plan_.steps(k0) : 0;
     const bool in_place = plan_.a.in_place();
@@ -104,7 +104,7 @@ class FmaBlock {
       a = panels_.packed_a(task_.group, i) + step;
       pitch = ld;
     } else {
-      // An element in place is as wide as one of a panel: what is read along m is read as it is.
+      // What is read in place along m is not converted, so its elements are as wide as those of a panel.
       a = in_place
               ? static_cast<const T*>(task_.element(p_.a.data, task_.group * p_.a.group_stride + k0 * ld + t.start))
               : panels_.packed_a(task_.group, i) + step * ld;
@@ -114,7 +114,7 @@ class FmaBlock {
     for (int64_t r = 0; r < t.size; ++r) rows[r] = a + r * pitch;
   }
 
-  // Rows of A in place, from k0 on.
+  // Sets the pointers to rows of A in place, from k0 on.
   void place_rows(int64_t first, int64_t count, int64_t k0, const void** rows) const {
     const int64_t from = task_.group * p_.a.group_stride + k0, size = dtype_size(p_.dtype);
     for (int64_t r = 0; r < count;) {
@@ -124,13 +124,14 @@ class FmaBlock {
     }
   }
 
-  // How many tiles from row of tiles i on, before `end`, one call can compute: of one size, in D one run of rows, in A
-  // a constant distance apart or, where kernels take them so, with rows of their own.
+  // The number of rows of tiles, from row i on and before `end`, that one call can compute. They must have the same
+  // size and be one run of rows in D. In A they must have a constant distance, unless the kernel takes a pointer for
+  // each row. Sets args.a_step or args.rows_per_tile.
   int64_t strip_from(int64_t i, int64_t end, int64_t k0, const void** rows, FmaTileArgs& args) const {
     const Tiling::Tile t = plan_.m[i];
     const bool rows_anywhere = plan_.a.in_place() && !p_.a.row.linear();
     int64_t most = end - i < plan_.strip ? end - i : plan_.strip;
-    // Rows anywhere are not computed in pieces of k: slower so.
+    // Rows without a constant distance are not computed in pieces of k, which would be slower.
     if (rows_anywhere) most = fma_.pitched || plan_.partials_kept > 1 ? 1 : std::min(most, kMaxStripRows / t.size);
     const int64_t count = plan_.m.same_size(i, most);
     if (count == 1 || run_at(p_.d.row, t.start, t.size * count).length < t.size * count) return 1;

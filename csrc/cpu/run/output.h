@@ -1,4 +1,4 @@
-// The way out of a tile: its epilogue, where it is stored, pooling, the joining of k-slices, and the bias gradient.
+// What follows the sums of a tile: epilogue, store to D, pooling. Also the sums of k-slices, and the bias gradient.
 #pragma once
 
 #include <limits>
@@ -10,7 +10,7 @@ namespace conv1x1 {
 template <class T>
 class Output {
  public:
-  // staged: room for plan.staged tiles; residual: for one.
+  // staged: memory for plan.staged tiles. residual: memory for one tile.
   Output(const Task& task, const Columns<T>& columns, T* staged, T* residual)
       : task_(task),
         p_(task.p),
@@ -26,7 +26,8 @@ class Output {
     constexpr double inf = std::numeric_limits<double>::infinity();
     epilogue_.lower = p_.activation == Activation::kReLU || p_.activation == Activation::kReLU6 ? 0 : -inf;
     epilogue_.upper = p_.activation == Activation::kReLU6 ? 6 : inf;
-    // What of a pooled output ReLU and ReLU6 hold back: what would be zero or six after rounding to a half type.
+    // The limits for the bits of a pooled output: below or above them the output would be 0 or 6 after rounding to its
+    // half type.
     if (p_.dtype == DType::kFloat16) mask_low_ = 0x1p-25;
     if (p_.activation == Activation::kReLU6)
       mask_high_ = p_.dtype == DType::kFloat16 ? 6 - 0x1p-9 : (p_.dtype == DType::kBFloat16 ? 6 - 0x1p-6 : 6);
@@ -38,14 +39,14 @@ class Output {
   struct Place {
     void* out;
     int64_t ld;
-    bool in_d;      // D itself; else the workspace, from where leave() moves them on
-    bool is_final;  // nothing follows after the kernel's own stores
+    bool in_d;      // to D itself; else to the workspace, from where leave() takes them
+    bool is_final;  // the kernel's own stores are the last step
   };
 
-  // Fills in a call's epilogue and its place, for tiles from row of tiles ti and column c on; `row`: their rows of D.
-  // args.tiles is set before. `args` is filled in where it lies: a copy would read, in wider pieces, what was only just
-  // written, and so wait until all of the tile before has left the core. `panels`: tiles side by side in the call.
-  // `fetch`: the lines that it is stored to are to be fetched for writing.
+  // Sets the epilogue `e` of a call and returns where its tiles go. They begin at row of tiles ti and column c. `row`:
+  // their run of rows in D. `panels`: tiles side by side in the call. `fetch`: prefetch for writing the lines to which
+  // the call stores. args.tiles is set before. `args` is filled in place. A copy of it would read what was just
+  // written, in wider pieces, and so wait until all stores of the tile before have left the core.
   Place enter(TileArgs& args, Epilogue& e, const Tiling::Tile& ti, const Run& row, const Column& c, int64_t panels,
               bool fetch) {
     const Tiling::Tile& tj = c.tile;
@@ -62,7 +63,7 @@ class Output {
     Place place{staged_, kernel_.nr, false, false};
     const bool one_run = row.length == ti.size * args.tiles, aux_in_place = d.aux && one_run && c.aux_unit;
     const bool as_it_is = columns_.whole_out() && !c.split;
-    // What is stored as half is added to a residual as half.
+    // A tile that is stored as a half type reads its residual as that type.
     place.in_d = !p_.pool && one_run && c.out_unit && (as_it_is || !d.aux || aux_in_place);
     args.splits = place.in_d && c.split ? c.splits : nullptr;
     if (place.in_d) {
@@ -92,8 +93,8 @@ class Output {
     return place;
   }
 
-  // After the call: activations that are no range, pooling, and the way from the workspace to D. `column(i)`: that of
-  // the call's tile i from the left.
+  // Called after the call: applies an activation that is no range, pools, or copies the tile from the workspace to D.
+  // column(i) is the column of the call's tile i from the left.
   template <class ColumnOf>
   void leave(const Place& place, const Tiling::Tile& ti, int64_t tiles, int64_t panels, const ColumnOf& column) {
     const Tiling::Tile& tj = column(0).tile;
@@ -105,7 +106,7 @@ class Output {
                                    ti.size, p_.d.col, tj.start, tj.size, place.out, place.ld);
   }
 
-  // Joins the k-slices of rows [begin, end) of groups * m, in the slices' order.
+  // Adds the k-slices of this part's rows of groups * m, in the order of the slices.
   void join_slices(int part, int parts) {
     const Range rows = share(p_.groups * p_.m, parts, part);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -146,8 +147,8 @@ class Output {
   }
 
  private:
-  // The lines that a tile will be stored to, fetched for writing while it computes: stores leave the core in order, so
-  // one that waits for its line holds up all that follow.
+  // Prefetches for writing the lines to which a tile will be stored. Stores leave the core in order, so a store that
+  // waits for its line delays all later stores.
   void fetch_lines(const Place& place, int64_t rows, int64_t cols, const Column& c) const {
     const int64_t size = dtype_size(p_.out_dtype), bytes = cols * size;
     for (int64_t i = 0; i < rows; ++i) {
@@ -196,7 +197,7 @@ class Output {
   Epilogue epilogue_;
   int64_t tile_;
   Store half_store_ = Store::kAsIs;
-  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // which nothing is above
+  double mask_low_ = 0, mask_high_ = std::numeric_limits<double>::quiet_NaN();  // NaN: no value is >= NaN
   int out_storage_;
   bool streams_;
 };

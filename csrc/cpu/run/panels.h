@@ -1,5 +1,5 @@
-// A thread's panels of A and B: where they lie, and packing them. T: the accumulators' type; an element of a panel is
-// as wide (microkernel.h).
+// A thread's panels of A and B: their addresses, and packing them. T is the type of the accumulators; an element of a
+// panel has the same width (microkernel.h).
 #pragma once
 
 #include <cstring>
@@ -20,7 +20,7 @@ class Panels {
         block_b_(reinterpret_cast<T*>(memory + task.plan.block_a)),
         storage_(static_cast<int>(task.p.dtype)) {}
 
-  // A part of the panels of a whole matrix.
+  // Packs this part's share of the panels of a whole matrix.
   void pack_whole(int part, int parts) {
     if (plan_.a.whole()) {
       const Range r = share(p_.groups * plan_.m.count(), parts, part);
@@ -32,7 +32,8 @@ class Panels {
     }
   }
 
-  // Where packed tile i lies. Of the whole matrix: by its place there; of a block: by its place in the block.
+  // The address of packed tile i: by its place in the matrix if the whole matrix is packed, by its place in the block
+  // otherwise.
   T* packed_a(int64_t group, int64_t i) const {
     if (plan_.a.whole())
       return reinterpret_cast<T*>(task_.shared.once_a) + (group * p_.m + plan_.m[i].start) * plan_.steps(p_.k);
@@ -49,11 +50,11 @@ class Panels {
   T* block_a() const { return block_a_; }
   T* block_b() const { return block_b_; }
 
-  // Makes [begin, ...) the tiles that a packed block begins with.
+  // Sets the first tile of the packed block.
   void begin_a(int64_t tile) { first_a_ = tile; }
   void begin_b(int64_t tile) { first_b_ = tile; }
 
-  // after(i): while tile i's panel is in L1.
+  // Packs a block of A. Calls after(i) while tile i's panel is in L1.
   template <class After>
   void pack_block_a(const Range& is, int64_t k0, int64_t nk, const After& after) {
     const bool packed =
@@ -90,7 +91,7 @@ class Panels {
     return matrix.aux ? task_.element(matrix.aux, group * matrix.aux_group_stride) : nullptr;
   }
 
-  // k [k0, k0 + nk) of a tile.
+  // Packs k [k0, k0 + nk) of a tile.
   void pack_a(int64_t group, int64_t i, int64_t k0, int64_t nk) {
     const PackFn fn = kernel_.pack_a[static_cast<int>(plan_.a_access)][storage_];
     const Tiling::Tile t = plan_.m[i];
@@ -103,8 +104,8 @@ class Panels {
                              t.start, t.size, p_.b.row, k0, nk, task_.mask_of(p_.b));
   }
 
-  // All tiles of a block at once, one row of the source after the other, where its lines run across the tiles: memory
-  // is read as it lies. False where they do not. `panel(t)` is where a tile's panel begins.
+  // Packs all tiles of a block at once, one row of the source after the other, so that memory is read in its own order.
+  // Returns false if the rows of the source do not cross the tiles. `panel(t)` is the address of a tile's panel.
   template <class Panel>
   bool pack_rows(const Range& tiles, const Tiling& tiling, const Matrix& matrix, const Axis& across, const Axis& axis_k,
                  int64_t k0, int64_t nk, const Panel& panel) {
@@ -138,7 +139,7 @@ class Panels {
   const Plan& plan_;
   const Microkernel& kernel_;
   T *block_a_, *block_b_;
-  int64_t first_a_ = 0, first_b_ = 0;  // the tile that a packed block begins with
+  int64_t first_a_ = 0, first_b_ = 0;  // the first tile of a packed block
   int storage_;
 };
 

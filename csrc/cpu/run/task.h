@@ -1,11 +1,12 @@
-// What all of a thread's work shares: the problem, its plan, the workspace, and the group and slice that are computed.
+// What all parts of a thread's work share: the problem, its plan, the workspace, and the group and slice that are being
+// computed.
 #pragma once
 
 #include "../plan/plan.h"
 
 namespace conv1x1 {
 
-struct Shared {  // what all threads see: workspace, and panels that the caller brought
+struct Shared {  // what all threads share: workspace, and panels that the caller packed
   char *once_a, *once_b, *partials, *bias;
   double* sums;
 };
@@ -20,7 +21,8 @@ struct Task {
   Task(const GemmProblem& problem, const Plan& the_plan, const Shared& the_shared)
       : p(problem), plan(the_plan), kernel(*the_plan.kernel), shared(the_shared) {}
 
-  // In A, B, and what masks them; in D, its residual, and the bias gradient.
+  // element: an address in A, in B, or in the tensor that masks them. out_element: an address in D, in its residual, or
+  // in the bias gradient.
   void* element(void* base, int64_t offset) const { return static_cast<char*>(base) + offset * dtype_size(p.dtype); }
   void* out_element(void* base, int64_t offset) const {
     return static_cast<char*>(base) + offset * dtype_size(p.out_dtype);
@@ -38,12 +40,12 @@ struct Task {
   }
 };
 
-// Tiles [is) x [js) over k [k0, k0 + nk): what a kernel family computes at a time.
+// A block: rows of tiles `is` by columns of tiles `js`, over k [k0, k0 + nk). A family computes one block at a time.
 struct Block {
   Range is, js;
   int64_t k0, nk;
-  bool first, last;      // of all k of the slice
-  int64_t first_column;  // of accumulators that are carried from one piece of k to the next
+  bool first, last;      // is it the first, the last piece of the slice's k?
+  int64_t first_column;  // its place in accumulators that are carried from one piece of k to the next
 };
 
 }  // namespace conv1x1

@@ -4,7 +4,7 @@
 //     for ic in m blocks
 //       for pc in k steps         A's block packed, or read in place
 //         for jc in n blocks      B's block packed, or read in place, resident in L2
-//           Family::run_block     tiles: fma_block.h, amx/amx_block.h
+//           Family::run_block     tiles: fma_block.h, amx_block.h
 //
 // Nothing here throws or allocates.
 #pragma once
@@ -100,7 +100,7 @@ class Worker {
     }
   }
 
-  // Adds the sums of a packed tile's rows to this slice's.
+  // Adds the sums of a packed tile's rows to the sums of this slice.
   void add_row_sums(int64_t i, int64_t k0, int64_t nk) {
     double* sums = task_.shared.sums + (task_.slice * p_.groups + task_.group) * p_.m;
     const Tiling::Tile t = plan_.m[i];
@@ -133,7 +133,7 @@ class Worker {
     ahead_.add(p_.b, task_.group, dtype_size(p_.dtype), p_.b.col, begin, end - begin, p_.b.row, k0, nk, false);
   }
 
-  // What will be read from memory after block (is, js, k0): rows of A that its own tiles read in place, and the blocks
+  // Sets up the prefetches of block (is, js, k0): the rows of A that its own later tiles read in place, and the blocks
   // that come next in rectangle()'s loops.
   void look_ahead(const Range& is, const Range& next_is, const Range& js, int64_t k0, int64_t nk, int64_t begin,
                   int64_t end) {
@@ -157,7 +157,7 @@ class Worker {
   Family family_;
   FetchAhead ahead_;
   Range reach_{0, 0};
-  int64_t end_m_ = 0;  // of all that this part computes
+  int64_t end_m_ = 0;  // the end of this part's tiles of m
   bool sums_here_ = false;
 };
 

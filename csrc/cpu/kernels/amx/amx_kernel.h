@@ -1,20 +1,19 @@
-// The contract of AMX's kernels, as far as it goes beyond ../microkernel.h.
+// The contract of AMX's kernels, where it differs from ../microkernel.h.
 //
 // AMX multiplies matrices: 16 x 16 tiles of C by 16 steps. KS = 16 steps of a row of A lie together in its packed
-// panel,
+// panel:
 //
-//   kCols  A(i, k) = a[(k / KS * lda + i) * KS + k % KS]
+//  kCols  A(i, k) = a[(k / KS * lda + i) * KS + k % KS]
 //
-// rows in memory lie an even distance apart, panels of A and of B are filled up with zeros to whole KS, `k` counts
-// whole KS, columns of a panel past n are read (and their results thrown away), and the accumulators begin with c_in:
-// the chain goes on, wherever calls cut it, and `chain` is ignored. Around such calls stand `enter` and `leave`, once
-// per thread.
+// Rows in memory lie a constant distance apart. Panels of A and of B are filled with zeros to whole groups of KS steps,
+// and `k` counts whole groups. Columns of a panel past n are read, and their results are thrown away. The accumulators
+// begin with c_in, so one chain goes on over several calls, and `chain` is ignored. `enter` is called before such calls
+// and `leave` after them, once per thread.
 //
-// Operands in parts: float32 and float16 operands are the sums of `parts` bfloat16 numbers each. The panel of an
-// operand holds the largest part of a group of KS steps, then the others, each laid out as a group; `k`, `chain` and
-// steps count them all. Steps are k and k + KS of a group of 2 KS. Chains end, as they do for multiply-add kernels, and
-// c_in is added to their sum. What an operand's parts cannot show, infinities and the smallest numbers, is left to
-// `repair`.
+// Operands in parts: an element of a float32 or float16 operand is the sum of `parts` bfloat16. A group of KS steps
+// lies in a panel once for every part, the largest part first; `k`, `chain` and steps count all of them. A step is k
+// and k + KS of a group of 2 KS. Chains end after `chain` steps, as in multiply-add kernels, and c_in is added to their
+// sum. `repair` handles what parts cannot represent: infinities and the smallest numbers.
 #pragma once
 
 #include "../microkernel.h"
@@ -22,85 +21,91 @@
 namespace conv1x1 {
 
 constexpr uint32_t kDoubtfulBelow = 0x21800000;  // the bits of 2^-60: smaller sums of parts are checked
-constexpr uint32_t kSmallBelow = 0x27800000;     // of 2^-48: products of larger numbers keep all their parts
+constexpr uint32_t kSmallBelow = 0x27800000;  // the bits of 2^-48: products of larger numbers keep all of their parts
 constexpr int kMaxPending = 13 << 10, kPendingState = 256;
 
-// repair(repairer, tile, panel, sums, ld, finite): the sums of one tile of a call, in rows of `ld`.
+// repair(repairer, tile, panel, sums, ld, finite) corrects the sums of one tile, in rows of `ld`. `tile` and `panel`
+// are the tile's row and column in the call. `finite`: no sum is infinite or NaN.
 using RepairFn = void (*)(void* repairer, int64_t tile, int64_t panel, float* sums, int64_t ld, bool finite);
 
-// Rows of a tile of A that are contiguous along k, packed some pieces at a time between products, which leave memory
-// and the vector units idle. A piece: a group of steps of one row.
+// Rows of a tile of A that are contiguous along k and are packed a few pieces at a time between products, because
+// products leave memory and the vector units idle. A piece is a group of steps of one row.
 struct PackAhead {
   const char *rows[kMaxMr], *aux[kMaxMr];
   void* panel;
-  int64_t count, k, groups;      // rows, and what is packed of each
+  int64_t count, k, groups;      // number of rows; k and groups that are packed of each
   int64_t row, group, left = 0;  // the next piece, and how many are left
-  int64_t each = 0;              // so many after a product
+  int64_t each = 0;              // pieces after each product
   void (*step)(PackAhead& ahead, int64_t pieces);
 };
 
-// Where a vector's columns lie in a row of B: lane l of `first` at `at` + l; where they lie in two runs, the lanes of
-// `second` likewise from `then` on. The next tile's begins at `next` and will be fetched.
+// Where the columns of one vector lie in a row of B. Lane l lies at element `at` + l if its bit is set in `first`. If
+// the columns lie in two runs, the lanes of `second` lie at `then` + l. The next tile's vector begins at `next` and
+// will be prefetched. aux_: the same for the tensor that masks B.
 struct OnTheFlyVector {
   int64_t at, then, aux_at, aux_then, next, aux_next;
   uint16_t first, second;
 };
 
-// A group of steps of one tile, split piece by piece: a row of A, or a step of a vector of B.
+// A group of steps of one tile, which is split piece by piece. A piece is a row of A, or one step of one vector of B.
 struct OnTheFlyGroup {
-  const char *src, *aux;  // of the tile's first row, or all columns' first k, from this group on
-  int64_t k;              // what is left from there
+  const char *src, *aux;  // A: the group in the tile's first row; B: the row of the group's first k
+  int64_t k;              // number of k from this group on
   const OnTheFlyVector* vectors;
   char* to;
-  int64_t next, count;  // pieces
+  int64_t next, count;  // the next piece, and the number of pieces
 };
 
-// Several parts: an operand that a call reads in place, because the other one's tiles are one row or one column and a
-// panel would be read but once. A group is split into L1 while the one before is multiplied.
+// Several parts: an operand that a call reads in place, because the other operand is a single row or column of tiles,
+// so that a panel would be read only once. A group is split into L1 while the group before is multiplied.
 struct OnTheFly {
   const char *src, *aux;
   int64_t pitch, aux_pitch;  // bytes from row to row of A, from k to k of B
-  int64_t group, aux_group;  // ... from group to group of k
-  int64_t step, aux_step;    // ... from tile to tile of A
+  int64_t group, aux_group;  // bytes from group to group of k
+  int64_t step, aux_step;    // bytes from tile to tile of A
   int64_t k;
-  const OnTheFlyVector* vectors;  // B: two of each panel
+  const OnTheFlyVector* vectors;  // B: two for each panel
   void (*split)(const OnTheFly& on_the_fly, OnTheFlyGroup& group, int64_t pieces);
 };
 
 struct AmxTileArgs : TileArgs {
   const void* a = nullptr;  // kCols
   int64_t lda = 0;
-  // For each tile of the strip, so many whole tiles side by side. Their panels of B lie b_step bytes apart, their
-  // columns of c_in and c_out so many elements; the residual and bias_n go on where the tile before ends.
+  // Each tile of the strip stands for `panels` whole tiles side by side. Their panels of B lie b_step bytes apart,
+  // their columns of c_in and c_out lie panel_in and panel_out elements apart. The residual and bias_n continue where
+  // the tile before ends.
   int64_t panels = 1, b_step = 0, panel_in = 0, panel_out = 0;
-  // The stores may wait in here for the next call, or for finish_pending, and `epilogue` must last as long; null:
-  // nothing waits.
+  // A tile's epilogue and stores may wait in this memory for the next call or for finish_pending. `epilogue` must live
+  // as long. Null: nothing waits.
   void* pending = nullptr;
-  // Several parts: called with the tile's sums, before c_in and the epilogue, where one of them is not finite, or
-  // smaller than kDoubtfulBelow.
+  // Several parts: called with a tile's sums, before c_in is added and before the epilogue, if a sum is not finite or
+  // is smaller than kDoubtfulBelow.
   RepairFn repair = nullptr;
   void* repairer = nullptr;
-  // Several parts: packed after each product of 2 x 2 tiles, while no tile's sums may still be repaired from what it
-  // overwrites; null: nothing.
+  // Several parts: packed a little after each product of 2 x 2 tiles, but not while sums may still be repaired from the
+  // panel that it overwrites. Null: nothing is packed.
   PackAhead* pack = nullptr;
-  const OnTheFly* on_the_fly = nullptr;  // several parts: of A where its access is kRows, else of B, where there is one
-  Fetch next_a, next_c;                  // of what the next rows of tiles will read and be stored to, this call's share
+  // Several parts: the operand that is read in place, which is A if its access is kRows, else B. Null: none.
+  const OnTheFly* on_the_fly = nullptr;
+  Fetch next_a, next_c;  // this call's share of what the next rows of tiles will read of A and store to C
 };
 using AmxTileFn = void (*)(const AmxTileArgs&);
 
 struct AmxKernel {
   AmxTileFn fn[2][2][2];  // [access][m > KS][n > KS]
-  int products;           // of 2 x 2 tiles, for a group of steps
-  // Before a thread's first tile and after its last one.
+  int products;           // number of products of 2 x 2 tiles for a group of steps
+  // Called before a thread's first tile and after its last one.
   void (*enter)();
   void (*leave)();
-  // kMaxPending bytes, aligned to 64, the first kPendingState of them zero before the first call.
+  // Finishes the tile that waits in `pending`, which is kMaxPending bytes, aligned to 64. The first kPendingState of
+  // them must be zero before the first call.
   void (*finish_pending)(void* pending);
-  // Several parts; null: one part.
+  // Only for kernels with several parts; null for others.
   void (*pack_ahead[3])(PackAhead& ahead, int64_t pieces);  // PackAhead::step, by Mask
   void (*on_the_fly[2][3])(const OnTheFly& on_the_fly, OnTheFlyGroup& group,
-                           int64_t pieces);                         // OnTheFly::split, of [A, B] by Mask
-  bool (*has_small)(const void* panel, int64_t ld, int64_t steps);  // has a panel a number below kSmallBelow, not zero?
+                           int64_t pieces);  // OnTheFly::split, of [A, B] by Mask
+  // Does a panel have a number that is smaller than kSmallBelow and not zero?
+  bool (*has_small)(const void* panel, int64_t ld, int64_t steps);
 
   AmxTileFn tile(AccessA access, int64_t m, int64_t n) const {
     constexpr int64_t kSteps = 16;

@@ -1,6 +1,6 @@
-// AMX tiles: bfloat16 in pairs along k, 16 x 16 x 32 multiply-adds an instruction; float32 and float16 as sums of such.
-// Everything else (packing, epilogue, conversions) in AVX-512, with AVX512-BF16, which every CPU with AMX has. Listed
-// by dispatch.cpp.
+// The microkernels for AMX. One instruction multiplies and adds 16 x 16 x 32 bfloat16, in pairs along k. float32 and
+// float16 are multiplied as sums of bfloat16. Packing, epilogue and conversions use AVX-512 and AVX512-BF16, which
+// every CPU with AMX has. Listed by dispatch.cpp.
 #if defined(__x86_64__)
 #include "../common/isa_avx512_amx.h"
 
@@ -10,11 +10,11 @@
 CONV1X1_KERNELS_BEGIN
 
 struct AmxFloat32 : Avx512Float32 {
-  // As AVX512-BF16 does: denormal results are zero here as well.
+  // Denormal results of bfloat16 become zero, as with AVX512-BF16.
   static __m256i half_of(Reg x, bool bfloat) {
     return bfloat ? nearest_bfloat16(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   }
-  // Two vectors side by side, as bfloat16: one line, if they lie so.
+  // Stores two neighbouring vectors as bfloat16. Together they are 64 bytes, a whole line if the address is aligned.
   using Lanes32 = __mmask32;
   static Lanes32 first_half(int64_t n) { return n >= 32 ? ~Lanes32{0} : (Lanes32{1} << n) - 1; }
   static void store_halves(uint16_t* p, Reg low, Reg high, Lanes32 lanes, bool stream) {
@@ -64,7 +64,7 @@ constexpr AmxKernel make_amx_in_parts() {
   return amx;
 }
 
-// Of a dtype that is the sum of several bfloat16.
+// A kernel for a dtype whose numbers are sums of several bfloat16.
 template <int PARTS, class S>
 Microkernel make_in_parts(const char* name, DType storage) {
   static constexpr AmxKernel amx = make_amx_in_parts<PARTS, S>();
@@ -87,7 +87,7 @@ Microkernel make_avx512_amx_bfloat16() {
   const int storage = static_cast<int>(DType::kBFloat16);
   kernel.pack_a[static_cast<int>(AccessA::kCols)][storage] = pack_tiled_a;
   kernel.pack_b[storage] = pack_tiled_b;
-  kernel.pack_rows[storage] = pack_tiled_rows;  // of B; panels of A have no rows of all tiles
+  kernel.pack_rows[storage] = pack_tiled_rows;  // for B; panels of A are packed one tile at a time
   kernel.sum_rows = sum_tiled_rows;
   return kernel;
 }

@@ -1,11 +1,13 @@
-// What a call of a tile fetches, some lines in each of its steps: many at once would hold up its own loads.
+// The prefetches of a call: a few lines in each group of steps, because many at once would delay the loads of the tile.
+// A step here is such a group.
 #pragma once
 
 #include "instructions.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// A stretch of memory, as many lines in every step, so that there is nothing to look up.
+// Prefetches a contiguous stretch of memory, the same number of lines in every step, so that a step only advances a
+// pointer.
 struct Stretch {
   const char *line, *end;
   int64_t each = 0;
@@ -25,7 +27,7 @@ struct Stretch {
   }
 };
 
-// Rows of lines, which may be one.
+// Prefetches rows of lines. Rows without gaps between them are one stretch.
 class Fetching {
  public:
   Fetching(const Fetch& f, int64_t steps) : whole_(Stretch::is(f)), stretch_(whole_ ? f : Fetch(), steps) {
@@ -50,7 +52,8 @@ class Fetching {
   bool whole_;
   Stretch stretch_;
   const char* line_ = nullptr;
-  int64_t left_ = 0, each_ = 0, width_ = 0, row_ = 0, skip_ = 0;  // lines: in all, a step, a row, left of this row
+  // Lines: left in all, in a step, in a row, left of this row. skip_: bytes from the end of a row to the next row.
+  int64_t left_ = 0, each_ = 0, width_ = 0, row_ = 0, skip_ = 0;
 };
 
 CONV1X1_KERNELS_END

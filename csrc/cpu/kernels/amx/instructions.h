@@ -1,14 +1,15 @@
-// The AMX instructions, and 2 x 2 tiles of C by them. In assembler: g++ 12's intrinsics do not tell the compiler that
-// loads read memory and stores write it. A tile's data are 16 rows of 64 bytes, whatever lies in them.
+// The AMX instructions, and packing of bfloat16 for them. The instructions are in assembler, because g++ 12's
+// intrinsics do not tell the compiler that loads read memory and stores write it. A tile register holds 16 rows of 64
+// bytes, of any type. 2 x 2 tiles of C:
 //
-//              b0    b1            C: tmm0 tmm1    A: tmm4, tmm5, rows of 16 steps    B: tmm6, tmm7, 16 steps of
-//         a0   c0    c1               tmm2 tmm3       (32 k) of one row of C             16 columns each
-//         a1   c2    c3
+//             b0    b1            C: tmm0 tmm1    A: tmm4, tmm5, rows of 16 steps    B: tmm6, tmm7, 16 steps of
+//        a0   c0    c1               tmm2 tmm3       (32 k) of one row of C             16 columns each
+//        a1   c2    c3
 //
-// A product takes the 16 steps' even and odd k in two chains, joins them, and adds the sum to C. Rows of C depend on
-// their own row of A alone, columns on their own column of B: so a tail of m between 17 and 31 is two tiles that
-// overlap, one of fewer than 16 rows is copied to where there are 16, and one configuration serves everything: loading
-// another one throws all tiles away and takes longer than several products.
+// A product sums the even k and the odd k of its 16 steps in two chains, adds the two, and adds the sum to C. A row of
+// C depends on its own row of A alone, a column on its own column of B. A tail of 17 to 31 rows is therefore two tiles
+// that overlap, and a tail of fewer than 16 rows is copied to memory that has 16. So one configuration serves all
+// calls. Loading another configuration would drop the content of all tiles and take longer than several products.
 #pragma once
 
 #include "../common/isa_avx512_amx.h"
@@ -28,7 +29,8 @@ inline void configure_tiles() {
   asm volatile("ldtilecfg %0" : : "m"(configuration));
 }
 
-// Back to the initial state: the operating system need not save tiles, and no other code's tiles are ours.
+// Returns to the initial state: the operating system then need not save tiles, and other code does not find this
+// library's tiles.
 inline void release_tiles() { asm volatile("tilerelease"); }
 
 template <int TILE>
@@ -41,7 +43,7 @@ inline void tile_load(const void* rows, int64_t pitch) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(pitch), "i"(TILE) : "memory");
 }
 
-// The same for what will not be read again soon: it leaves in L1 what is there.
+// The same for memory that will not be read again soon: the load leaves the content of L1 alone.
 template <int TILE>
 inline void tile_load_once(const void* rows, int64_t pitch) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(pitch), "i"(TILE) : "memory");
@@ -60,7 +62,7 @@ inline void tile_multiply_add() {
 constexpr int64_t kTile = 16;  // rows, steps and columns of a tile
 constexpr int64_t kTileBytes = 64, kTiledMr = 32, kTiledNr = 32;
 
-// Zeros to whole groups of 16 steps, after the steps of nk.
+// Packs a panel of B, followed by zeros up to a whole group of 16 steps.
 inline void pack_tiled_b(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                          int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask) {
   pack_pairs_k_major(dst, ld, src, aux, axis_r, r0, nr, axis_k, k0, nk, mask);
@@ -68,7 +70,7 @@ inline void pack_tiled_b(void* dst, int64_t ld, const void* src, const void* aux
   __builtin_memset(static_cast<Pair*>(dst) + steps * ld, 0, static_cast<size_t>((whole - steps) * ld) * sizeof(Pair));
 }
 
-// The same for several panels of B.
+// Packs several panels of B in the same way.
 inline void pack_tiled_rows(const Segment* segments, int count, const void* src, const void* aux, const Axis& axis_k,
                             int64_t k0, int64_t nk, Mask mask) {
   pack_pair_rows<true>(segments, count, src, aux, axis_k, k0, nk, mask);
@@ -106,10 +108,11 @@ inline void transpose_tile(Pair* to, const Pair* from, int64_t ld, int64_t n) {
     }
 }
 
-constexpr int64_t kGroup = 2 * kTile;  // k, in a tile's rows
-constexpr int kTogether = 4;           // groups for which a row along k is read at a time
+constexpr int64_t kGroup = 2 * kTile;  // k in a row of a tile
+constexpr int kTogether = 4;           // groups that are read of a row along k at a time
 
-// GROUPS of A's panel whose rows are contiguous along k, row after row; what the next row has there is fetched.
+// Copies GROUPS groups of A's panel, one row after the other, where rows are contiguous along k. Prefetches the same
+// groups of the next row.
 template <Mask M, int GROUPS>
 CONV1X1_INLINE inline void copy_groups_a(Pair* group, int64_t ld, const BFloat16* src, const BFloat16* aux, int64_t rs,
                                          int64_t ars, int64_t nr) {
@@ -140,7 +143,8 @@ void copy_rows_a(Pair* group, int64_t ld, const BFloat16* src, const BFloat16* a
   for (; groups > 0; next(1)) copy_groups_a<M, 1>(group, ld, src, aux, rs, ars, nr);
 }
 
-// 32 k of all rows, row by row, then the next 32: tiles as tileloadd takes them, each line of memory used whole.
+// Packs a panel of A: 32 k of all rows, row by row, then the next 32 k. tileloadd reads this layout, and each row of a
+// tile is a whole line.
 inline void pack_tiled_a(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                          int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask) {
   const bool k_contiguous = axis_k.inner_stride() == 1;
@@ -176,7 +180,8 @@ inline void pack_tiled_a(void* dst, int64_t ld, const void* src, const void* aux
   }
 }
 
-// A panel times ones: a sum in each row's every column. Between `enter` and `leave`, as all of wgrad's work.
+// Computes sums of rows as a product with ones: every column of the product has them. It must be called between `enter`
+// and `leave`, as all work of wgrad is.
 inline void sum_tiled_rows(double* sums, const void* panel, int64_t, int64_t rows, int64_t steps, AccessA) {
   struct alignas(64) Ones {
     uint16_t bits[2 * kTile * kTile];
@@ -190,7 +195,8 @@ inline void sum_tiled_rows(double* sums, const void* panel, int64_t, int64_t row
   const Pair* p = static_cast<const Pair*>(panel);
   tile_load<6>(ones.bits, kTileBytes);
   for (int64_t done = 0; done < rows; done += kTile) {
-    // What lies behind fewer than 16 rows need not be readable; a last tile of fewer begins earlier.
+    // Memory behind fewer than 16 rows need not be readable, so these are copied. Otherwise a last tile of fewer rows
+    // begins earlier.
     const int64_t first = rows < kTile ? 0 : (done + kTile > rows ? rows - kTile : done);
     tile_zero<0>();
     for (int64_t k = 0; k < steps; k += kTile) {

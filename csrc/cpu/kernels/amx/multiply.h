@@ -1,11 +1,12 @@
-// The products of 2 x 2 tiles of C for one group of steps, of operands in one or several parts (parts.h).
+// Multiplies 2 x 2 tiles for one group of steps. Operands have one or several parts (parts.h).
 #pragma once
 
 #include "parts.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// A: rows `pitch` bytes apart, in place or in a panel; the next part of the same steps, and the next steps.
+// Where A lies, in place or in a panel: its rows are `pitch` bytes apart. The next part of the same steps lies `part`
+// bytes further, the next group of steps `step` bytes further.
 struct TiledRows {
   const char* rows;
   int64_t pitch, part, step;
@@ -29,13 +30,14 @@ inline void load_b(const void* rows, int64_t pitch) {
     tile_load<TILE>(rows, pitch);
 }
 
-// C += the parts' products; of three parts with three, without those where neither is the first and one is the last:
-// they are 2^-27 of their operands' product in the mean, at most 2^-23. Each adds to C with a rounding of its own, the
-// largest last. After each product of 2 x 2 tiles: between().
+// C += the products of parts. With three parts, three products are left out, those where neither part is the first and
+// one is the last: they are 2^-27 of the operands' product in the mean, at most 2^-23. Each product is added to C with
+// a rounding of its own, the largest last. between() is called after each product of 2 x 2 tiles.
 template <int PARTS, int MT, int NV, bool ONCE, class Between>
 CONV1X1_INLINE inline void multiply_group(const char* a, const char* second_a, int64_t a_pitch, int64_t a_part,
                                           const char* b, int64_t b_pitch, const Between& between) {
-  // A's part against B's: whichever is not loaded yet is, right before its first product.
+  // Multiplies one part of A by one part of B. a_loads and b_loads name the part to be loaded right before its first
+  // product. kLoaded: the part of the product before is used again.
   const auto multiply = [&](int a_loads, int b_loads) CONV1X1_INLINE {
     const char *to_b = b + b_loads * kTile * b_pitch, *to_a = a + a_loads * a_part,
                *to_second = second_a + a_loads * a_part;
@@ -90,7 +92,7 @@ CONV1X1_INLINE inline void store_tiles(float* c, int64_t ld, int64_t second) {
   if constexpr (MT == 2 && NV == 2) tile_store<3>(c + second * ld + kTile, ld * 4);
 }
 
-// C from memory with less than whole tiles: by way of `whole`, rows of kTiledNr.
+// Copies a C with less than whole tiles into `whole`, in rows of kTiledNr, from where tiles load it.
 template <class V>
 inline void copy_in(float* whole, const float* c, int64_t ld, int64_t m, int64_t n) {
   for (int64_t i = 0; i < (m < kTile ? kTile : m); ++i)
@@ -100,21 +102,22 @@ inline void copy_in(float* whole, const float* c, int64_t ld, int64_t m, int64_t
     }
 }
 
-// How many rows of the tile before are finished in a group's products.
+// The number of rows of the pending tile that are finished during the products of one group.
 inline int64_t rows_a_group(int64_t groups) {
   return groups > 0 && groups < kTile ? (kTiledMr + groups - 1) / groups : 2;
 }
 
 constexpr int64_t kRowsInL1 = 40 << 10, kColumnsInL1 = 16 << 10;
 
-// A store of a tile takes a thousand cycles longer if none has been for about two thousand, whichever tile it is
-// (measured: a loop of loads, products and a store). So one is stored in between, all its rows to one line; as many
-// groups apart as come to some 1,800 cycles.
+// A tile store takes a thousand cycles longer if there was no tile store for about two thousand cycles, whichever tile
+// is stored (measured with a loop of loads, products and a store). Long calls therefore store a tile in between, all of
+// its rows to one line. These stores are as many groups apart as take about 1,800 cycles.
 template <int PARTS, int MT, int NV>
 constexpr int64_t kGroupsAStore = 1800 / (kProducts<PARTS> * (MT * NV == 4 ? 96 : 52));
 
-// A's rows meet one panel of B after the other and stay in L1 where there is room; B, which comes from L2 unless a
-// call's panels are few, is then loaded so that it does not push them out. (Such loads are slower.)
+// Is B loaded by tile_load_once()? A's rows are multiplied by one panel of B after the other and stay in L1 if they
+// fit. B comes from L2, unless a call has few panels, and must then not displace A's rows. (These loads are slower than
+// others.)
 template <int PARTS>
 inline bool loads_b_once(const AmxTileArgs& t) {
   return PARTS == 1 ? t.panels * t.k * kTiledNr * 4 > kColumnsInL1 : t.m * t.k * 4 <= kRowsInL1;

@@ -1,18 +1,18 @@
-// An operand in parts that is read in place (OnTheFly): split between the products of the group before, into one of two
-// places in L1, instead of into a panel that would go to L2 and come back once.
+// An operand in parts that is read in place (OnTheFly). A group is split between the products of the group before, into
+// one of two places in L1. A panel would be written to L2 and read only once.
 #pragma once
 
 #include "parts.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// A row's group of the next tile.
+// Prefetches a row's group of the next tile.
 template <class S>
 CONV1X1_INLINE inline void fetch_next(const char* row) {
   for (size_t at = 0; at < kGroup * sizeof(S); at += kTileBytes) __builtin_prefetch(row + at, 0, 2);
 }
 
-// A's rows, contiguous along k.
+// Splits rows of A that are contiguous along k.
 template <int PARTS, Mask M, class S>
 void split_rows_of_a(const OnTheFly& on_the_fly, OnTheFlyGroup& group, int64_t pieces) {
   constexpr int64_t part = kTiledMr * kTileBytes;
@@ -37,7 +37,7 @@ void split_rows_of_a(const OnTheFly& on_the_fly, OnTheFlyGroup& group, int64_t p
   }
 }
 
-// Sixteen columns of a row of B.
+// Loads sixteen columns of a row of B.
 template <Mask M, class S, bool WHOLE>
 CONV1X1_INLINE inline __m512 load_on_the_fly(const char* row, const char* saved, const OnTheFlyVector& v) {
   const S *s = reinterpret_cast<const S*>(row), *y = reinterpret_cast<const S*>(saved);
@@ -46,8 +46,9 @@ CONV1X1_INLINE inline __m512 load_on_the_fly(const char* row, const char* saved,
   return _mm512_or_ps(x, load_sixteen_masked<M>(s + v.then, y + v.aux_then, v.second));
 }
 
-// B's vectors of columns, for each step its two k, from step `first` on; the next tile's are fetched, whether that has
-// as many or not. What a group says is read before any store, after which it would have to be read again.
+// Splits vectors of columns of B from step `first` on; a step has two k. Prefetches the vectors of the next tile, even
+// if that tile has fewer. The members of `group` are read before the first store, because the compiler would have to
+// read them again after a store.
 template <int PARTS, Mask M, class S, bool WHOLE, int VECTORS>
 CONV1X1_INLINE inline void split_vectors_of_b(const OnTheFly& on_the_fly, const OnTheFlyGroup& group, int64_t first,
                                               int64_t end) {
@@ -109,7 +110,7 @@ constexpr void fill_splits(AmxKernel& kernel) {
 
 enum class OnTheFlyOperand { kNothing, kA, kB };
 
-// What a call's tiles read in place, group after group.
+// Splits what the tiles of a call read in place, one group after the other.
 template <int PARTS, int NV, OnTheFlyOperand SPLIT>
 class OnTheFlySplitter {
  public:
@@ -118,7 +119,7 @@ class OnTheFlySplitter {
     split(group_.count);
   }
 
-  // The next group, in parts; the one that follows will be split meanwhile.
+  // Returns the next group, in parts. step() will split the group after it.
   const char* take() {
     if (group_.next < group_.count) split(group_.count);
     const char* const taken = group_.to;
@@ -141,7 +142,7 @@ class OnTheFlySplitter {
  private:
   void split(int64_t pieces) { on_the_fly_.split(on_the_fly_, group_, pieces); }
 
-  void begin() {  // of a tile
+  void begin() {  // the first group of a tile
     const int64_t tile = SPLIT == OnTheFlyOperand::kA ? tile_ : 0;
     group_ = {on_the_fly_.src + tile * on_the_fly_.step,
               on_the_fly_.aux ? on_the_fly_.aux + tile * on_the_fly_.aux_step : nullptr,

@@ -1,9 +1,10 @@
-// Panels of float32 and float16 for multiply-adds in bfloat16: a number is the sum of PARTS of bfloat16, exactly, the
-// first one rounded to nearest and the others what is left of it, 8 bits each. A group of KS steps (32 k) lies in a
-// panel once for every part; a step is k and k + 16 of the group, as two vectors along k give it without a shuffle.
+// Panels of float32 and float16 for multiply-adds in bfloat16. A number is exactly the sum of PARTS bfloat16. The first
+// part is the number rounded to nearest; the others are what is left of it, 8 bits each. A group of KS steps (32 k)
+// lies in a panel once for every part. A step is k and k + 16 of the group, because two vectors along k give these
+// pairs without a shuffle.
 //
-//   Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
-//   ARITH 2019.
+//  Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
+//  ARITH 2019.
 #pragma once
 
 #include "instructions.h"
@@ -18,8 +19,8 @@ struct Parts {
   __m512i pairs[PARTS];  // low halves from `low`, high ones from `high`
 };
 
-// Half of the first part's last bit is added to round it, ties away from zero. Infinities and NaN stay what they are or
-// leave a NaN in the next part, as does what rounds to infinity.
+// Splits the lanes of two vectors. Half of the first part's last bit is added to round it; ties go away from zero.
+// Infinities and NaN stay what they are or leave a NaN in a later part. So do numbers that round to infinity.
 template <int PARTS>
 CONV1X1_INLINE inline Parts<PARTS> split(__m512 low, __m512 high) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), half = _mm512_set1_epi32(0x8000);
@@ -42,7 +43,7 @@ inline __m512 load_sixteen(const Float16* p, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
 }
 
-// Zero where the saved output y keeps the gradient back: as drop_blocked() in convert.h.
+// Loads sixteen elements, with zeros where the saved output y holds the gradient back, as drop_blocked() in convert.h.
 template <Mask M, class S>
 CONV1X1_INLINE inline __m512 load_sixteen_masked(const S* p, const S* y, __mmask16 lanes) {
   if constexpr (M != Mask::kNone) {
@@ -57,7 +58,8 @@ inline __mmask16 first_lanes(int64_t n) {
   return n >= 16 ? __mmask16(0xffff) : (n <= 0 ? __mmask16(0) : static_cast<__mmask16>((1u << n) - 1));
 }
 
-// One step of B's panels: d and the other parts' `part` further on = rows s0 and s1; either may be none (zeros).
+// Splits one step of a panel of B: rows s0 and s1, which are k and k + 16. The first part goes to d, each other part
+// `part` elements further. A null row counts as zeros.
 template <int PARTS, Mask M, class S>
 CONV1X1_INLINE inline void split_rows(Pair* d, int64_t part, const S* s0, const S* s1, const S* y0, const S* y1,
                                       int64_t n) {
@@ -70,7 +72,7 @@ CONV1X1_INLINE inline void split_rows(Pair* d, int64_t part, const S* s0, const 
   }
 }
 
-// Where sixteen k of every row lie, in one run or in two: the rest of one image and the beginning of the next.
+// Where sixteen k of every row lie: in one run, or in two (the rest of one image and the beginning of the next).
 struct Sixteen {
   int64_t at, then, aux_at, aux_then;
   __mmask16 first, second;
@@ -107,7 +109,8 @@ void stage_rows_masked(float* staged, const S* src, const S* aux, int64_t rs, in
   }
 }
 
-// Rows of a group, contiguous along k but for the images' borders, zeros past n.
+// Copies the rows of a group to `staged`, as float32. k is contiguous except at the borders of images. `staged` has
+// zeros past n.
 template <class S>
 void stage_rows(float* staged, const void* src, const void* aux, const Axis& axis_r, int64_t r0, int64_t nr,
                 const Axis& axis_k, int64_t k, int64_t n, Mask mask) {
@@ -129,14 +132,14 @@ void stage_rows(float* staged, const void* src, const void* aux, const Axis& axi
     __builtin_memset(staged + r * kGroup + n, 0, static_cast<size_t>(kGroup - n) * sizeof(float));
 }
 
-// Lines of float32: as they lie in memory, where they do, or in `staged`.
+// Lines of float32: those of the tensor itself, if it has such lines, or those copied to `staged`.
 struct Lines {
   const float* first;
   int64_t pitch;
 };
 
-// Rows [r0, r0 + nr) of k [k0, k0 + n), contiguous along k (K_MAJOR: along r, and readable to whole tiles). Past n,
-// `staged` has zeros to kGroup.
+// Returns rows [r0, r0 + nr) of k [k0, k0 + n) as lines along k (K_MAJOR: as lines along r, which can be read to whole
+// tiles). `staged` has zeros from n to kGroup.
 template <class S, bool K_MAJOR>
 Lines lines_of(float* staged, const void* src, const void* aux, const Axis& axis_r, int64_t r0, int64_t nr,
                const Axis& axis_k, int64_t k0, int64_t n, Mask mask) {
@@ -158,13 +161,13 @@ Lines lines_of(float* staged, const void* src, const void* aux, const Axis& axis
   return {staged, pitch};
 }
 
-// Sixteen lines from line r on, those past nr zeros.
+// Sets `rows` to sixteen lines from line r on. Lines past nr are zeros.
 inline void sixteen_lines(const float** rows, const Lines& lines, int64_t r, int64_t nr) {
   alignas(64) static const float zeros[kGroup] = {};
   for (int64_t i = 0; i < kTile; ++i) rows[i] = r + i < nr ? lines.first + (r + i) * lines.pitch : zeros;
 }
 
-// A panel of B.
+// Packs a panel of B.
 template <int PARTS, class S>
 void pack_parts_b(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0, int64_t nr,
                   const Axis& axis_k, int64_t k0, int64_t nk, Mask mask) {
@@ -216,7 +219,7 @@ void pack_parts_rows_masked(const Segment* segments, int count, const S* src, co
         for (int p = 0; p < PARTS; ++p) d[p * part + z].bits = 0;
     }
   }
-  // Steps that the last group lacks.
+  // Fills in zeros for the steps that the last group lacks.
   for (int64_t s = nk % kGroup; s > 0 && s < kTile; ++s)
     for (const Segment* g = segments; g < segments + count; ++g)
       for (int p = 0; p < PARTS; ++p)
@@ -235,7 +238,8 @@ void pack_parts_rows(const Segment* segments, int count, const void* src, const 
   }
 }
 
-// GROUPS of A's panel whose rows are contiguous along k, row after row; what the next row has there is fetched.
+// Splits GROUPS groups of A's panel, one row after the other, where rows are contiguous along k. Prefetches the same
+// groups of the next row.
 template <int PARTS, Mask M, int GROUPS, class S>
 CONV1X1_INLINE inline void split_groups_a(Pair* group, int64_t ld, const S* src, const S* aux, int64_t rs, int64_t ars,
                                           int64_t nr, __mmask16 low, __mmask16 high) {
@@ -274,7 +278,7 @@ void split_rows_a(Pair* group, int64_t ld, const S* src, const S* aux, int64_t r
     split_groups_a<PARTS, M, 1>(group, ld, src, aux, rs, ars, nr, first_lanes(nk - k), first_lanes(nk - k - kTile));
 }
 
-// PackAhead::step, row after row: memory is read as it lies.
+// PackAhead::step. It packs one row after the other, so that memory is read in its own order.
 template <int PARTS, Mask M, class S>
 void split_ahead(PackAhead& ahead, int64_t pieces) {
   const int64_t part = ahead.count * kTile;
@@ -296,7 +300,7 @@ void split_ahead(PackAhead& ahead, int64_t pieces) {
   ahead.group = group;
 }
 
-// Columns along r of the group that begins at k, fetched.
+// Prefetches the lines along r of the group that begins at k.
 template <class S>
 void fetch_group(const void* src, const void* aux, const Run& rows, const Axis& axis_k, int64_t k, int64_t n,
                  Mask mask) {
@@ -353,11 +357,11 @@ void pack_parts_a(void* dst, int64_t ld, const void* src, const void* aux, const
   }
 }
 
-// By the first parts, in which a number below 2^-134 is zero.
+// AmxKernel::has_small. It looks at the first parts alone, in which a number below 2^-134 is zero.
 template <int PARTS>
 bool has_small(const void* panel, int64_t ld, int64_t steps) {
   const __m512i one = _mm512_set1_epi16(1);
-  __m512i least = _mm512_set1_epi16(-1);  // of what is twice the magnitude less one: zero is the largest
+  __m512i least = _mm512_set1_epi16(-1);  // of twice the magnitude less 1, which for zero is the largest number
   const Pair* group = static_cast<const Pair*>(panel);
   for (int64_t s = 0; s < steps; s += PARTS * kTile, group += PARTS * kTile * ld)
     for (int64_t i = 0; i < ld * kTile; i += kTile) {

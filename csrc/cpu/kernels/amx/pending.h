@@ -1,40 +1,42 @@
-// A tile whose stores wait: what is left to do for it, a copies_rows rows at a time between the next tile's products.
+// The pending tile: its sums are in memory, and the rest is done a few rows at a time between the products of the next
+// tile.
 #pragma once
 
 #include <cstddef>
 #include <limits>
 
+#include "parts.h"  // first: AMX's instruction set
+
 #include "../common/avx512_float32.h"
-#include "parts.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// A tile whose results are in memory and wait: for the sum of the last chain to be joined with those before, for
-// c_in, and for the epilogue, which is done a copies_rows rows at a time between the next tile's products: those leave
-// the vector units idle, and what tiles have just stored takes long to be read.
+// A tile whose sums are in memory. The sum of its last chain must still be added to the sums before it, then c_in, then
+// the epilogue follows. The epilogue is done a few rows at a time between the products of the next tile, because
+// products leave the vector units idle, and because it takes long to read what tiles have just stored.
 struct Pending {
-  int current = 0;                             // of `whole`; the other one is free
+  int current = 0;                             // the part of `whole` that is in use; the other part is free
   int64_t next = 0, m = 0, n = 0, ld_out = 0;  // rows from `next` on wait
   void* out = nullptr;
   void (*finish)(Pending& p, int64_t end) = nullptr;
   bool sums_are_complete = true, has_chain = false, splits = false;
   const Epilogue* epilogue = nullptr;
-  const float *bias_m = nullptr, *bias_n = nullptr;  // the tile's own, as its residual's place
+  const float *bias_m = nullptr, *bias_n = nullptr;  // these and the residual begin at the tile
   const void* residual = nullptr;
   const float* c_in = nullptr;
   int64_t ld_in = 0;
   RepairFn repair = nullptr;
   void* repairer = nullptr;
-  int64_t tile = 0, panel = 0;  // of the call
+  int64_t tile = 0, panel = 0;  // the tile's row and column in the call
   Split split[2];
   alignas(64) float whole[2][kTiledMr * kTiledNr];  // rows of kTiledNr
-  float chain[kTiledMr * kTiledNr];                 // the last one's sum, if it has_chain
+  float chain[kTiledMr * kTiledNr];                 // the sum of the last chain, if has_chain
 };
 static_assert(sizeof(Pending) <= kMaxPending && offsetof(Pending, whole) <= kPendingState, "raise the limits");
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Two vectors of a row to where it lies in one run.
+// Stores two vectors of a row that lies in one run.
 template <class V, Store STORE>
 inline void put_row(void* out, int64_t at, const typename V::Reg* c, int64_t n, bool stream) {
   if constexpr (STORE == Store::kBFloat16) {
@@ -75,9 +77,9 @@ CONV1X1_INLINE inline void finish_row(typename V::Reg* c, const typename V::Reg*
   }
 }
 
-// Rows of a pending tile up to `end`. Where they are stored each in one run, and there is no residual: nothing is
-// looked up again for a row. BIAS is its stride from row to row: of bias_m 1, of bias_n 0; less than zero where there
-// is none. BELOW: there is an upper bound.
+// Finishes rows of a pending tile up to `end`, if each row is stored in one run and there is no residual. It looks
+// nothing up again for a row. BIAS is the bias's stride from row to row: 1 for bias_m, 0 for bias_n, less than zero for
+// no bias. BELOW: there is an upper bound.
 template <class V, Store STORE, int BIAS, bool BELOW>
 void finish_plain_rows(Pending& p, int64_t end) {
   const Bounds<V> bounds(*p.epilogue);
@@ -110,7 +112,7 @@ void finish_any_rows(Pending& p, int64_t end) {
   const Lanes mask[2] = {V::first(p.n), V::first(p.n < kTile ? 0 : p.n - kTile)};
   const float *bias_m = p.bias_m, *bias_n = p.bias_n;
   const float* row = p.whole[p.current] + p.next * kTiledNr;
-  // f(vector, lanes, column) for wherever a row's vectors lie.
+  // Calls f(vector, lanes, column) for each run of a row's vectors.
   const auto places = [&](const auto& f) {
     for (int j = 0; j < 2; ++j) {
       if (!p.splits) {
@@ -184,7 +186,7 @@ FinishRows finish_for(const Pending& p) {
   }
 }
 
-// Rows from p.next on.
+// Finishes `count` rows from p.next on.
 inline void finish_rows(Pending& p, int64_t count) { p.finish(p, p.next + count < p.m ? p.next + count : p.m); }
 
 template <class V>
@@ -192,7 +194,7 @@ inline void join_chain(float* whole, const float* chain, int64_t m) {
   for (int64_t i = 0; i < m * kTiledNr; i += kTile) V::store(whole + i, V::add(V::load(whole + i), V::load(chain + i)));
 }
 
-// All of a pending tile's sums, ready for the epilogue.
+// Completes the sums of a pending tile: adds the last chain, repairs doubtful sums, adds c_in. The epilogue may follow.
 template <class V>
 void complete_sums(Pending& p) {
   p.sums_are_complete = true;
@@ -229,7 +231,7 @@ void finish_pending(void* pending) {
   if (p.next < p.m) finish_rows(p, kTiledMr);
 }
 
-// Puts a call's next tile into `pending`, whose sums are in `whole` and, if it has_chain, in `chain`.
+// Makes a tile of the call the pending tile. Its sums are in `whole` and, if has_chain, in `chain`.
 template <class V, int PARTS>
 inline void wait(Pending& p, const AmxTileArgs& t, int64_t tile, int64_t panel, const float* c_in, bool has_chain) {
   const Epilogue none{}, &e = t.epilogue ? *t.epilogue : none;

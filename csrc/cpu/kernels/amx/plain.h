@@ -1,5 +1,5 @@
-// The commonest of tile.h's calls: whole tiles of one part, in one chain, stored in runs as bfloat16, without a
-// residual. What is looked up there between products lies in registers here.
+// The commonest calls of tile.h: whole tiles, one part, one chain, stored in runs as bfloat16, without a residual. What
+// tile.h reads from memory between products is in registers here.
 #pragma once
 
 #include "fetch.h"
@@ -16,18 +16,18 @@ inline bool is_plain(const AmxTileArgs& t) {
          !(e->bias_m && e->bias_n);
 }
 
-// BIAS: as finish_plain_rows has it.
+// BIAS: as in finish_plain_rows.
 template <class V, int BIAS, bool ONCE>
 void plain_tiles(const AmxTileArgs& t, const TiledRows& a, Pending& p, FinishRows finish) {
   using Reg = typename V::Reg;
-  // A tile that waits is finished here only if it is whole, and stored as this call's are.
+  // The pending tile is finished in this loop only if it is whole and is stored as this call's tiles are.
   const bool same_epilogue = p.finish == finish && p.n == kTiledNr && p.epilogue->stream == t.epilogue->stream;
   if (p.next < p.m && !same_epilogue) finish_pending<V>(&p);
   const int64_t groups = t.k / kTile, steps = groups * t.tiles * t.panels, b_pitch = t.ldb * 4;
   const int64_t at_once = rows_a_group(groups);
   Stretch next_a(t.next_a, steps), next_c(t.next_c, steps);
   alignas(64) char line[kTileBytes];
-  // The tile that waits: what is left of it.
+  // What is left of the pending tile.
   int64_t left = p.m - p.next, ld = p.ld_out * 2;
   const float *sums = p.whole[p.current] + p.next * kTiledNr, *bias_m = p.bias_m ? p.bias_m + p.next : nullptr,
               *bias_n = p.bias_n;
@@ -76,7 +76,7 @@ void plain_tiles(const AmxTileArgs& t, const TiledRows& a, Pending& p, FinishRow
       if constexpr (BIAS == 0) bias_n = static_cast<const float*>(t.epilogue->bias_n) + panel * kTiledNr;
     }
   }
-  // The last one waits for the next call.
+  // The last tile waits for the next call.
   p.current = current ^ 1;
   wait<V, 1>(p, t, t.tiles - 1, t.panels - 1, nullptr, false);
   p.finish = finish;

@@ -1,4 +1,5 @@
-// 2 x 2 tiles of C by AMX's instructions (instructions.h), of operands in one or several parts (parts.h).
+// A call of an AMX kernel: multiplies its tiles, finishes the pending tile meanwhile, and leaves the last tile pending.
+// Operands have one or several parts (parts.h).
 #pragma once
 
 #include "fetch.h"
@@ -9,7 +10,7 @@
 
 CONV1X1_KERNELS_BEGIN
 
-// MT tiles of rows, NV of columns, of one tile of C or of a call's all. A panel of A is readable to whole tiles.
+// Computes all tiles of a call. Each is MT x NV tile registers of C. Panels of A can be read to whole tile registers.
 template <class V, int PARTS, int MT, int NV, AccessA ACCESS, bool PACKS,
           OnTheFlyOperand SPLIT = OnTheFlyOperand::kNothing>
 void compute_tiles(const AmxTileArgs& t) {
@@ -20,14 +21,14 @@ void compute_tiles(const AmxTileArgs& t) {
   const bool once = SPLIT == OnTheFlyOperand::kNothing && loads_b_once<PARTS>(t);
   alignas(64) uint32_t copy[kTile * kTile];
   const char* const first_rows = a.rows;
-  const bool copies_rows = MT == 1 && PARTS == 1 && t.m < kTile;  // what lies behind them need not be readable
+  const bool copies_rows = MT == 1 && PARTS == 1 && t.m < kTile;  // memory behind the rows need not be readable
   for (int64_t i = t.m; copies_rows && i < kTile; ++i) _mm512_store_si512(copy + i * kTile, _mm512_setzero_si512());
-  // Where the second tile of rows begins: it ends where C does.
+  // Where the second tile of rows begins. It ends where C ends, so it may overlap the first one.
   const int64_t second = MT == 2 ? t.m - kTile : 0,
                 b_pitch = SPLIT == OnTheFlyOperand::kB ? NV * kTileBytes : t.ldb * 4;
   const int64_t groups = t.k / (kTile * PARTS), chain = PARTS == 1 ? groups : t.chain / (kTile * PARTS);
   const bool in_place = t.m >= kTile && t.n == NV * kTile;
-  const bool stores_sums = PARTS == 1 && !t.epilogue && in_place;  // as the accumulators are
+  const bool stores_sums = PARTS == 1 && !t.epilogue && in_place;  // without an epilogue
   const int64_t at_once = rows_a_group(groups), steps = groups * t.tiles * t.panels;
   Fetching next_a(t.next_a, steps), next_c(t.next_c, steps), ahead(t.fetch.lines, steps);
   OnTheFlySplitter<PARTS, NV, SPLIT> splitter(t, groups);
@@ -43,7 +44,7 @@ void compute_tiles(const AmxTileArgs& t) {
     const char* b = static_cast<const char*>(t.b) + panel * t.b_step;
     const float* const c_in = t.c_in ? static_cast<const float*>(t.c_in) + panel * t.panel_in : nullptr;
     a.rows = first_rows + tile * t.a_step;
-    int64_t stored = 0;  // g of the last store
+    int64_t stored = 0;  // the group after which a tile was last stored
     bool has_chain = false, first = true;
     for (int64_t g = 0; first || g < groups; first = false) {
       const int64_t end = groups - g < chain ? groups : g + chain;

@@ -2,12 +2,13 @@
 // float16.
 #pragma once
 
+#include "isa_avx512.h"  // first
+
 #include "convert.h"
-#include "isa_avx512.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// float16 by the instructions for it, which compilers do not find in a loop.
+// Converts float16 by its instructions, which compilers do not use for such a loop by themselves.
 inline void load_line(float* d, const Float16* s, int64_t n) {
   for (; n >= 16; n -= 16, d += 16, s += 16)
     _mm512_storeu_ps(d, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(s))));
@@ -45,7 +46,7 @@ CONV1X1_INLINE inline void transpose_square(float* to, int64_t pitch, const Row&
   }
 }
 
-// A square of packing.h's transpose().
+// Transposes a square of 16 x 16 for packing.h's transpose().
 template <class T>
 inline void transpose_square_of(T* dst, int64_t ld, const char* src, int64_t pitch) {
   transpose_square(reinterpret_cast<float*>(dst), ld,
@@ -81,7 +82,7 @@ struct Avx512Float32 {
   }
   static void store_half(uint16_t* p, __m256i x, Mask m) { _mm256_mask_storeu_epi16(p, m, x); }
   static void stream_half(uint16_t* p, __m256i x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
-  static __m256i bfloat16_of(Reg x) {  // as store_as does
+  static __m256i bfloat16_of(Reg x) {  // rounds as store_as does
     const __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);

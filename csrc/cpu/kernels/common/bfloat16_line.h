@@ -1,8 +1,10 @@
-// Lines of float32 to bfloat16 by the instruction for it, as tiles store theirs: denormal results are zero.
+// Converts lines of float32 to bfloat16 by the instruction that also converts a tile's results: denormal results are
+// zero.
 #pragma once
 
+#include "isa_avx512_bf16.h"  // first
+
 #include "convert.h"
-#include "isa_avx512_bf16.h"
 
 CONV1X1_KERNELS_BEGIN
 

@@ -55,13 +55,14 @@ inline void store_as(Float16* p, float x) {
 
 inline BFloat16 load_as(BFloat16 x, BFloat16) { return x; }  // panels of bfloat16
 
-// Bytes of the instruction set's vectors. Longer ones in the compiler's notation are no faster, and their comparisons
-// are made one element at a time: g++ 12 makes 16 scalar comparisons of 16 floats for AVX2, and 2 of 2 times 8.
+// Vectors in the compiler's notation have the length of the instruction set's own (CONV1X1_VECTOR_BYTES). Longer ones
+// are no faster, and their comparisons are made one element at a time: g++ 12 makes 16 scalar comparisons of 16 floats
+// for AVX2, but 2 vector comparisons of 2 times 8.
 
-// f(offset, lanes) over a line of elements of S in pieces of a whole vector (16 elements at most), then half as many,
-// down to 4, then one by one: what is packed comes in lines of 8 to 48, for which the loops that compilers make are
-// mostly prologue and calls of memcpy. The last piece may begin within the one before: f writes what it computes of
-// elements that it only reads.
+// Calls f(offset, lanes) for the pieces of a line of n elements of S. A piece is a whole vector (16 elements at most),
+// then half as many elements, down to 4, then single elements. Packing works on lines of 8 to 48 elements, for which
+// the loops that compilers make are mostly prologue and calls of memcpy. The last piece may begin within the piece
+// before it, so f must not read what it writes.
 template <class S, int PIECE = 16, class F>
 __attribute__((always_inline)) inline void by_lanes(int64_t n, const F& f) {
   constexpr int kVector = CONV1X1_VECTOR_BYTES / sizeof(S);
@@ -112,9 +113,9 @@ inline void store_line(S* d, const T* s, int64_t n) {
   for (int64_t j = 0; j < n; ++j) store_as(d + j, s[j]);
 }
 
-// x = 0 where the saved output y keeps the gradient back: where y <= 0 and, for ReLU6, where y >= 6; NaN passes it.
-// Half types are compared as the integers that they are: those above zero, and NaNs of either sign, are two ranges of
-// bits.
+// Sets x to 0 where the saved output y holds the gradient back: where y <= 0 and, for ReLU6, where y >= 6. A NaN in y
+// passes the gradient. Half types are compared as the integers that their bits are: the numbers above zero and the
+// positive NaNs are one range of bits, the negative NaNs are another range.
 template <Mask M, class S, class V>
 __attribute__((always_inline)) inline void drop_blocked(V& x, const V& y) {
   const V zero = {};
@@ -129,7 +130,7 @@ __attribute__((always_inline)) inline void drop_blocked(V& x, const V& y) {
   }
 }
 
-// x = s[0 .. N), zero where blocked by aux.
+// x = s[0 .. N), zero where the mask of aux holds the gradient back.
 template <Mask M, class S, class V>
 __attribute__((always_inline)) inline void load_masked(V& x, const S* s, const S* aux) {
   load_lanes(x, s);

@@ -1,12 +1,13 @@
-// Lines of float16 by the instructions for it, eight at a time.
+// Converts lines of float16, eight elements at a time.
 #pragma once
 
+#include "isa_avx2.h"  // first
+
 #include "convert.h"
-#include "isa_avx2.h"
 
 CONV1X1_KERNELS_BEGIN
 
-// float16 by the instructions for it, which compilers do not find in a loop.
+// Converts float16 by its instructions, which compilers do not use for a loop by themselves.
 inline void load_line(float* d, const Float16* s, int64_t n) {
   int64_t j = 0;
   for (; j + 8 <= n; j += 8)

@@ -1,7 +1,7 @@
-// One instruction set for a part of a file, whatever the compiler's flags: every kernel header stands between
-// CONV1X1_KERNELS_BEGIN and CONV1X1_KERNELS_END, in a namespace named for the instruction set. The .cpp includes the
-// isa_*.h of its own before any other header; a header that is read alone, by an editor or a checker, gets its own
-// least instruction set by including that one.
+// Compiles a part of a file for one instruction set, whatever the compiler's flags. Every kernel header stands between
+// CONV1X1_KERNELS_BEGIN and CONV1X1_KERNELS_END, in a namespace named for the instruction set. A .cpp includes the
+// isa_*.h of its own instruction set before any other header. A kernel header that needs more than the portable set
+// includes the isa_*.h of the least set that it needs, so that an editor or a checker can read it alone.
 //
 // The names are internal to their file as well (namespace {}): per-file -m flags, or external names, would let the
 // linker keep, say, an AVX-512 copy of a shared inline function and run it on an older CPU.
@@ -37,14 +37,15 @@
 
 #define CONV1X1_INLINE __attribute__((always_inline))
 
-// One function for all callers: neither inlined nor copied for constant arguments.
+// One function for all callers: the compiler neither inlines it nor copies it for constant arguments.
 #if defined(__clang__)
 #define CONV1X1_NOINLINE __attribute__((noinline))
 #else
 #define CONV1X1_NOINLINE __attribute__((noinline, noclone))
 #endif
 
-// Before a loop whose count is constant: unrolled whole, so that an array it indexes can live in registers.
+// Stands before a loop whose count is constant. The loop is unrolled completely, so that an array that it indexes can
+// live in registers.
 #if defined(__clang__)
 #define CONV1X1_UNROLL CONV1X1_PRAGMA(clang loop unroll(full))
 #else

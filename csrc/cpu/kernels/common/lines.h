@@ -1,5 +1,5 @@
-// Lines of elements from one type to another, by an instruction where the instruction set has one that compilers do not
-// find in a loop: overloads of convert.h's load_line and store_line.
+// Overloads of convert.h's load_line and store_line, for conversions that an instruction set has instructions for and
+// that compilers do not find in a loop.
 #pragma once
 
 #include "convert.h"

@@ -42,7 +42,7 @@ inline void copy_line(T* d, const S* s, const S* x, int64_t n) {
   }
 }
 
-// dst[major * ld + minor], source contiguous along the minor index.
+// dst[major * ld + minor] = the source, which is contiguous along the minor index.
 template <class T, Mask M, class S>
 void copy_lines(T* dst, int64_t ld, const S* src, const S* aux, int64_t major_stride, int64_t aux_major, int64_t majors,
                 int64_t minors) {
@@ -50,7 +50,7 @@ void copy_lines(T* dst, int64_t ld, const S* src, const S* aux, int64_t major_st
     copy_line<T, M>(dst + i * ld, src + i * major_stride, M == Mask::kNone ? nullptr : aux + i * aux_major, minors);
 }
 
-// d[j] = s[2 * j], reading nothing behind the last of them: two loads that overlap by one element.
+// d[j] = s[2 * j]. Two loads that overlap by one element read nothing behind the last element.
 template <class S>
 inline void every_second(S* d, const S* s, int64_t n) {
   by_lanes<S>(n, [=](int64_t j, auto lanes) {
@@ -68,7 +68,7 @@ inline void every_second(S* d, const S* s, int64_t n) {
   });
 }
 
-// dst[major * ld + minor], every second element of the source: stride 2 along a row of pixels.
+// dst[major * ld + minor] = every second element of the source, as with stride 2 along a row of pixels.
 template <class T, Mask M, class S>
 void copy_every_second(T* dst, int64_t ld, const S* src, const S* aux, int64_t major_stride, int64_t aux_major,
                        int64_t majors, int64_t minors) {
@@ -88,7 +88,7 @@ void copy_every_second(T* dst, int64_t ld, const S* src, const S* aux, int64_t m
   }
 }
 
-// Lines of stride 1 or 2, as those above.
+// Copies lines of stride 1 or 2 by the functions above.
 template <class T, Mask M, class S>
 void copy_lines_of(int64_t stride, T* dst, int64_t ld, const S* src, const S* aux, int64_t major_stride,
                    int64_t aux_major, int64_t majors, int64_t minors) {
@@ -105,9 +105,9 @@ void copy_strided(T* dst, int64_t dst_r, int64_t dst_k, const Rect<S>& q) {
     }
 }
 
-// dst[k * ld + r] = the k-th T of row r of src, in squares of 4 x 4 (or 16 x 16: CONV1X1_HAS_AVX512). A chunk of k at a
-// time, so that the lines of dst, each filled by several passes over r, stay in L1. Rows are `pitch` bytes apart: those
-// of pairs need not be aligned.
+// dst[k * ld + r] = the k-th T of row r of src, in squares of 4 x 4 (16 x 16 with CONV1X1_HAS_AVX512). It takes a chunk
+// of k at a time: several passes over r fill each line of dst, and the lines stay in L1 meanwhile. Rows are `pitch`
+// bytes apart; rows of pairs need not be aligned.
 template <class T>
 void transpose(T* dst, int64_t ld, const void* src, int64_t pitch, int64_t nr, int64_t nk) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T))));
@@ -128,7 +128,7 @@ void transpose(T* dst, int64_t ld, const void* src, int64_t pitch, int64_t nr, i
     for (; r + 4 <= nr; r += 4) {
       const char* s = static_cast<const char*>(src) + r * pitch;
       int64_t k = k0;
-      if (end < nk)  // the next chunk's
+      if (end < nk)  // prefetch the next chunk
         for (int i = 0; i < 4; ++i)
           for (int64_t j = 0; j < kChunk; j += 64 / kSize) __builtin_prefetch(s + i * pitch + (end + j) * kSize);
       for (; k + 4 <= end; k += 4) {
@@ -235,7 +235,8 @@ void pack(void* dst, int64_t ld, const void* src, const void* aux, const Axis& a
   }
 }
 
-// dy and y are twice the reads of a panel, more than what is fetched beforehand (fetch_ahead.h) always brings in time.
+// How many rows ahead packing prefetches where it masks. dy and y are twice the data of a panel, and the prefetches of
+// fetch_ahead.h do not always bring all of it in time.
 constexpr int64_t kRowsAhead = 8;
 
 template <class S>
@@ -348,7 +349,7 @@ void pool_tile(double* sums, const void* tile, int64_t ld, int64_t pixels, int64
     for (int64_t i = 0; i < pixels; ++i) sums[c] += static_cast<double>(t[i * ld + c]);
 }
 
-// Eight signs of lanes (all ones or zero) as the bits of a byte.
+// Eight lanes, each all ones or zero, as the bits of a byte.
 template <class V>
 uint64_t bits_of(const V& lanes) {
   typedef int8_t Bytes __attribute__((vector_size(8)));
@@ -379,7 +380,7 @@ void put_bits(uint8_t* bits, int64_t at, int64_t pitch, const void* tile, int64_
     word <<= shift;
     for (int64_t b = 0; b < bytes; ++b, word >>= 8) {
       uint8_t* byte = bits + (at >> 3) + b;
-      if ((b == 0 && shift != 0) || (b + 1 == bytes && end % 8 != 0))  // another tile's, of another thread perhaps, too
+      if ((b == 0 && shift != 0) || (b + 1 == bytes && end % 8 != 0))  // shared with a tile, perhaps of another thread
         __atomic_fetch_or(byte, static_cast<uint8_t>(word), __ATOMIC_RELAXED);
       else
         *byte = static_cast<uint8_t>(word);

@@ -1,5 +1,5 @@
-// Panels of bfloat16 in pairs along k, for multiply-adds that take two steps of k at once: an element of a panel is
-// k in its low half and k + 1 in its high half; an odd last k is paired with zero.
+// Panels of bfloat16 in pairs along k, for multiply-adds that take two k at once. An element of a panel has k in its
+// low half and k + 1 in its high half. An odd last k is paired with zero.
 #pragma once
 
 #include "packing.h"
@@ -37,7 +37,7 @@ inline void interleave(Pair* d, const BFloat16* s0, const BFloat16* s1, const BF
   });
 }
 
-// A rectangle whose k are whole pairs.
+// Packs a rectangle whose k are whole pairs.
 template <Mask M>
 void pack_pairs_rect(Pair* dst, int64_t ld, const Rect<BFloat16>& q) {
   constexpr bool mask = M != Mask::kNone;
@@ -93,7 +93,7 @@ void pack_pairs_masked(Pair* dst, int64_t ld, const BFloat16* src, const BFloat1
       const auto aux_at = [&](int64_t i) {
         return mask ? aux + run_r.aux_offset + run_k.aux_offset + i * run_k.aux_stride : nullptr;
       };
-      // A run of k may begin or end within a pair: the images of 7x7 pixels.
+      // A run of k may begin or end within a pair, as in images of 7x7 pixels.
       const int64_t head = k & 1, pairs = (run_k.length - head) / 2, tail = run_k.length - head - 2 * pairs;
       const auto single = [&](int64_t i, auto&& put) {
         Pair* d = dst + (k + i) / 2 * ld + r;
@@ -125,7 +125,7 @@ inline void pack_pairs_k_major(void* dst, int64_t ld, const void* src, const voi
   }
 }
 
-// One stride walks k. FETCH: rows ahead also where there is no mask.
+// k has one stride. FETCH: prefetch rows ahead even without a mask.
 template <Mask M, bool FETCH>
 void pack_pair_rows_masked(const Segment* segments, int count, const BFloat16* src, const BFloat16* aux,
                            const Axis& axis_k, int64_t k0, int64_t nk) {
@@ -162,7 +162,7 @@ inline void pack_pair_rows(const Segment* segments, int count, const void* src, 
   }
 }
 
-// Where k is contiguous pairs are too: the rows as they are.
+// Where k is contiguous, pairs are too, so rows are copied as they are.
 inline void pack_pairs_r_major(void* dst, int64_t ld, const void* src, const void* aux, const Axis& axis_r, int64_t r0,
                                int64_t nr, const Axis& axis_k, int64_t k0, int64_t nk, Mask mask) {
   pack<BFloat16, BFloat16, false>(dst, 2 * ld, src, aux, axis_r, r0, nr, axis_k, k0, nk, mask);

@@ -6,7 +6,7 @@
 
 CONV1X1_KERNELS_BEGIN
 
-// What elements of a panel add to the sums of their rows: themselves; a pair, its two halves.
+// Adds elements of a panel to a vector of sums. The version for pairs, in pairs.h, adds one half of each.
 template <class Lanes, class P>
 inline void add_parts(Lanes& sum, const P* p, int) {
   Lanes x;
@@ -16,7 +16,7 @@ inline void add_parts(Lanes& sum, const P* p, int) {
 
 constexpr int kMaxPanelMr = 8;  // rows of a panel of A for tiles in registers
 
-// sums[r] += the sum of row r of a panel: 16 steps of k side by side, joined in float64.
+// sums[r] += the sum of row r of a panel. 16 steps of k are summed side by side, and these sums are joined in float64.
 template <class T, class P, int KR>
 void sum_lines(double* sums, const P* panel, int64_t rows, int64_t steps) {
   constexpr int64_t kSide = 16;
@@ -27,7 +27,8 @@ void sum_lines(double* sums, const P* panel, int64_t rows, int64_t steps) {
     for (int h = 0; h < KR; ++h)
       for (int64_t v = 0; v < rows; ++v) add_parts(lanes[h][v], p + v * kSide, h);
   };
-  // Sums in registers, for the rows of most tiles; of one row several, so that none waits for the one before.
+  // Keeps the sums in registers, for the usual numbers of rows. A single row has several sums, so that no addition
+  // waits for the one before it.
   const auto in_registers = [&](auto rows_of) {
     constexpr int kRows = decltype(rows_of)::value, kApart = kRows == 1 ? 8 : kRows;
     const int64_t together = whole - whole % (kApart * kSide);
@@ -79,8 +80,8 @@ void sum_rows(double* sums, const void* panel, int64_t ld, int64_t rows, int64_t
     for (int64_t r = 0; r < rows; ++r) sum_lines<T, P, KR>(sums + r, p + r * ld, 1, steps);
 }
 
-// Short sums, joined in float64. Lanes past the last column read what lies behind it: the next step's, or the gap that
-// the driver leaves behind a panel.
+// sums[j] += the sum of column j of a panel, by short sums that are joined in float64. Lanes past the last column read
+// what lies behind it: the next step, or the gap that the plan leaves behind a panel.
 template <class T, class P, int KR>
 void sum_columns(double* sums, const void* panel, int64_t ld, int64_t columns, int64_t steps) {
   constexpr int64_t kSide = 64 / sizeof(T), kShort = 32;

@@ -25,7 +25,7 @@ struct Avx2Float32 {
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(T x) { return _mm256_set1_ps(x); }
   static Reg load(const T* p) { return _mm256_loadu_ps(p); }
-  // A masked load takes a turn of the multipliers' pipes from them on some AMD cores.
+  // On some AMD cores a masked load takes a turn of a pipe from the multipliers.
   static Reg load(const T* p, Mask m) { return m.full ? load(p) : _mm256_maskload_ps(p, m.lanes); }
   static void store(T* p, Reg x) { _mm256_storeu_ps(p, x); }
   static void stream(T* p, Reg x) { _mm256_stream_ps(p, x); }

@@ -7,7 +7,8 @@
 
 CONV1X1_KERNELS_BEGIN
 
-// A in panels of float32, B in place in float16, converted as it is loaded: no panel of B is written and read again.
+// A in panels of float32, B in place in float16 and converted as it is loaded, so that no panel of B is written and
+// read again.
 struct Avx512Float16B : Plain<Avx512Float32> {
   using PB = uint16_t;
   static Op load_op(const PB* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }

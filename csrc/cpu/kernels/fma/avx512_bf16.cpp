@@ -1,6 +1,6 @@
-// AVX512-BF16 tiles: pairs of bfloat16 multiplied and added to float32 accumulators, two k a step (vdpbf16ps), in the
-// registers of avx512.cpp's tiles. The instruction takes denormal operands and sums for zero and rounds each of its two
-// additions; so does the conversion of the result with denormals. Listed by dispatch.cpp.
+// AVX512-BF16 tiles: pairs of bfloat16 multiplied and added to float32 accumulators, two k a step (vdpbf16ps).
+// Registers are used as in avx512.cpp. The instruction takes denormal operands and sums for zero and rounds after each
+// of its two additions. The conversion of the result takes denormals for zero as well. Listed by dispatch.cpp.
 #if defined(__x86_64__)
 #include "../common/isa_avx512_bf16.h"
 
@@ -11,7 +11,7 @@ CONV1X1_KERNELS_BEGIN
 
 struct Avx512BFloat16 : Avx512Float32 {
   static constexpr int kKr = 2;
-  static constexpr bool kStoresHalfInRegisters = true;        // as bfloat16, as nearly every tile is
+  static constexpr bool kStoresHalfInRegisters = true;        // nearly every tile is stored as bfloat16
   typedef uint32_t P __attribute__((aligned(2), may_alias));  // two bfloat16, in place or in a panel
   using PB = P;
   using Op = __m512i;

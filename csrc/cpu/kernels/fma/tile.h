@@ -1,12 +1,12 @@
 // The tile in registers: one template for every instruction set. Its vector type V has T, Reg, Mask, kWidth, first(n),
 // zero, set1, load, store (plain and masked), stream, add, fma, and max(limit, x) / min(limit, x) that return x where x
-// is NaN. Where kStoresHalf, also load_half, half_of, store_half and stream_half. Where kSplits, masks are integers,
-// and add takes one. Operands of another type than the accumulators': kKr, P and PB (elements of A and of B), Op (a
-// vector of them), broadcast, load_op and multiply_add, as in Plain below.
+// is NaN. With kStoresHalf V also has load_half, half_of, store_half and stream_half. With kSplits its masks are
+// integers, and add also takes a mask. For operands of another type than the accumulators' it has kKr, P and PB
+// (elements of A and of B), Op (a vector of operands), broadcast, load_op and multiply_add, as in Plain below.
 //
-// A tile<V, M, NV> is instantiated for many M and NV, so it holds only what is common: the mainloop, and the epilogue
-// of a tile that is stored in rows of the accumulators' type. Every other epilogue is finish_in_memory's, one function
-// for each V (tile_epilogue.h).
+// A tile<V, M, NV> is instantiated for many M and NV, so it holds only what most calls need: the mainloop, and the
+// epilogue of a tile that is stored in rows of the accumulators' type. finish_in_memory (tile_epilogue.h) does every
+// other epilogue, one function for each V.
 #pragma once
 
 #include "../common/activations.h"
@@ -15,7 +15,7 @@
 
 CONV1X1_KERNELS_BEGIN
 
-// Operands of the accumulators' type, one k a step.
+// Operands of the accumulators' type. A step is one k.
 template <class V>
 struct Plain : V {
   static constexpr int kKr = 1;
@@ -28,13 +28,14 @@ struct Plain : V {
   static Op multiply_add(Op a, Op b, typename V::Reg c) { return V::fma(a, b, c); }
 };
 
-// For all accumulators of a tile.
+// A loop over all accumulators of a tile.
 #define CONV1X1_EACH(i, j)                   \
   CONV1X1_UNROLL                             \
   for (int i = 0; i < M; ++i) CONV1X1_UNROLL \
   for (int j = 0; j < NV; ++j)
 
-// x, of which the compiler knows nothing. It compiles a second mainloop for strides of one element otherwise.
+// Returns x and hides its value from the compiler, which would otherwise compile a second mainloop for strides of one
+// element.
 inline int64_t opaque(int64_t x) {
   asm("" : "+r"(x));
   return x;
@@ -52,7 +53,7 @@ struct Rows {
   }
   const P* at(int i) const { return reinterpret_cast<const P*>(row[i] + at_k); }
   void step() { at_k += step_k; }
-  // To another tile of the strip, and on by so many steps.
+  // Moves from tile `from` of the strip to tile `to`, and on by `steps` steps.
   void move(const FmaTileArgs& t, int64_t, int64_t to, int64_t steps) {
     const void* const* rows = t.a_rows + to * t.rows_per_tile;
     CONV1X1_UNROLL
@@ -61,7 +62,8 @@ struct Rows {
   }
 };
 
-// Rows a constant distance apart, by a pointer to every fourth: fourteen pointers would not fit into the registers.
+// Rows a constant distance apart. There is a pointer to every fourth row, because fourteen pointers would not fit into
+// the registers.
 template <class V, int M>
 struct Rows<V, M, true> {
   using P = typename V::P;
@@ -85,7 +87,8 @@ struct Rows<V, M, true> {
   }
 };
 
-// Flattened: a piece of it that the compiler's budget for inlining left out would keep the accumulators in memory.
+// flatten inlines every function: one that the compiler's budget for inlining left out would keep the accumulators in
+// memory.
 template <class V, int M, int NV, bool PITCHED>
 __attribute__((flatten)) void tile(const FmaTileArgs& t) {
   using T = typename V::T;
@@ -101,13 +104,14 @@ __attribute__((flatten)) void tile(const FmaTileArgs& t) {
   const char* fetch = t.fetch.lines.first;
   int64_t fetch_rows = t.fetch.lines.rows;
   const int64_t between_fetches = fetch_rows > 0 ? t.fetch.every : t.k;
-  // A masked load takes a turn of the multipliers' pipes from them.
+  // A masked load takes a turn of a pipe from the multipliers, so a whole last vector is loaded without a mask.
   const bool whole = t.n == NV * W;
 
   const auto read = [&](const T* p, int j)
                         CONV1X1_INLINE { return j == NV - 1 ? V::load(p + j * W, tail) : V::load(p + j * W); };
 
-  // A piece of k at a time for all tiles of the strip, then the next tile.
+  // Computes a piece of k for all tiles of the strip, then the next piece. The last piece finishes one tile after the
+  // other.
   for (int64_t from = 0, done = 0;;) {
     const int64_t to = t.k - from <= t.piece ? t.k : from + t.piece;
     if (t.fetch_out && to == t.k && done + 1 < t.tiles) fetch_next_out<V>(t, out, M, NV);
@@ -117,13 +121,13 @@ __attribute__((flatten)) void tile(const FmaTileArgs& t) {
     int64_t ld_in = from > 0 ? NV * W : t.ld_in;
     int64_t k = from, end = to - from < t.chain ? to : from + t.chain;
 
-    // A chain. The inner loop is nothing but loads and multiply-adds: a branch more in every step, for what is fetched,
-    // takes a tenth of the rate.
+    // Computes a chain. The inner loop has only loads and multiply-adds: another branch in every step, for prefetches,
+    // would take a tenth of the rate.
     const auto multiply = [&](auto whole_vectors) CONV1X1_INLINE {
       while (k < end) {
         const int64_t together = fetch_rows < kFetchedTogether ? fetch_rows : kFetchedTogether;
         for (int64_t f = 0; f < together; ++f, fetch += t.fetch.lines.pitch) {
-          if (opaque(t.fetch.near))  // so that there is no second mainloop for it
+          if (opaque(t.fetch.near))  // opaque: no second mainloop for it
             __builtin_prefetch(fetch);
           else
             for (int64_t at = 0; at < t.fetch.lines.width; at += 64) __builtin_prefetch(fetch + at, 0, 2);
@@ -246,7 +250,7 @@ constexpr FmaKernel make_fma() {
   return kernel;
 }
 
-// All but the packing functions of a kernel whose operands are not plain.
+// A kernel without its packing functions, for operands that may be of another type than the accumulators.
 template <class V, int MR, int NV, bool PITCHED = false>
 Microkernel make_tiles(const char* name, const char* isa, DType dtype, DType operand) {
   static_assert((PITCHED || MR <= kMaxPanelMr) && MR <= kMaxMr && NV <= kMaxNv && NV * V::kWidth <= kMaxNr,

@@ -1,5 +1,5 @@
-// The epilogue of a tile whose sums lie in memory (in L1): every case but the plainest, which tile.h keeps in
-// registers. One function for each vector type, for tiles of any size.
+// The epilogue of a tile whose sums lie in memory (in L1). tile.h does the plainest case in registers; this file does
+// all others. There is one function for each vector type, for tiles of any size.
 #pragma once
 
 #include "../common/isa.h"
@@ -19,10 +19,10 @@ inline bool is_plain(const FmaTileArgs& t, const Epilogue& e) {
   return !e.residual && !t.splits && (e.store == Store::kAsIs || V::kStoresHalfInRegisters);
 }
 
-// The lines of C that the next tile of the strip, of m rows, will be stored to, fetched for writing.
+// Prefetches for writing the lines of C to which the next tile of the strip, of m rows, will be stored.
 template <class V>
 CONV1X1_NOINLINE void fetch_next_out(const FmaTileArgs& t, const char* out, int64_t m, int nv) {
-  asm volatile("");  // an effect: compilers drop calls of functions that do nothing but prefetch
+  asm volatile("");  // a side effect: compilers drop calls of functions that do nothing but prefetch
   const int64_t size = out_size<V>(t.epilogue), row = t.n * size;
   for (int64_t i = m; i < 2 * m; ++i) {
     const char* next = out + i * t.ld_out * size;
@@ -39,7 +39,7 @@ CONV1X1_NOINLINE void fetch_next_out(const FmaTileArgs& t, const char* out, int6
   }
 }
 
-// C in the accumulators' type, and in a half type: how a vector of it, and of the residual, is read and written.
+// How a vector of C and of the residual is read and written: AsIs in the accumulators' type, AsHalf in a half type.
 template <class V>
 struct AsIs {
   using T = typename V::T;
@@ -69,7 +69,8 @@ struct AsHalf {
   void stream(int64_t at, Reg x) const { V::stream_half(c + at, V::half_of(x, bfloat)); }
 };
 
-// Rows [0, m) of `sums`, of nv vectors, to `out`: rows [first, first + m) of the strip.
+// Finishes rows [0, m) of `sums`, each of nv vectors, and stores them to `out`. They are rows [first, first + m) of the
+// strip.
 template <class V, class C>
 void finish_rows_of(const FmaTileArgs& t, const Epilogue& e, const typename V::T* sums, char* out, int64_t first,
                     int64_t m, int nv) {
