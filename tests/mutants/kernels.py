@@ -167,6 +167,12 @@ MUTANTS = [
         "test_edges.py::test_halves_are_rounded_to_nearest_even",
         **SCALAR,
     ),
+    mutant(
+        "lines-in-pieces-of-sixteen", CONVERT,
+        "if constexpr (PIECE > kVector && PIECE > 4) {", "if constexpr (PIECE > 16) {",
+        "test_packed_code.py -k avx2",
+        **AVX2,
+    ),
     # ---- activations.h
     mutant(
         "silu-of-the-other-sign", ACTIVATIONS,
