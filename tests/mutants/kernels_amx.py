@@ -128,4 +128,10 @@ MUTANTS = [
         equivalent="the tile that waits is always finished before the next one is stored: a second place is not needed",
         **AMX_ISA,
     ),
+    mutant(
+        "amx-products-in-one-order-for-both-roles", "csrc/cpu/run/amx_block.h",
+        "args.mirrored = p_.b_is_weight;", "args.mirrored = false;",
+        "test_determinism.py::test_a_sample_alone_or_in_a_batch",
+        **AMX_ISA,
+    ),
 ]  # fmt: skip

@@ -90,6 +90,7 @@ class AmxBlock {
         if (kernel_.parts > 1) {
           Repairer& r = repairers_[repairer_ ^= 1];  // the pending tile may still use the other one
           r = {this, {task_.group, k0, nk, ti, c.tile, args.a, c.b, args.lda, c.ldb, args.k}, j, args.a_step};
+          args.mirrored = p_.b_is_weight;
           args.repair = repair_tile;
           args.repairer = &r;
         }

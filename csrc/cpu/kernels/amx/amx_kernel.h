@@ -82,6 +82,7 @@ struct AmxTileArgs : TileArgs {
   // is smaller than kDoubtfulBelow.
   RepairFn repair = nullptr;
   void* repairer = nullptr;
+  bool mirrored = false;  // add the products of parts in the order of a call with A and B exchanged
   // Several parts: packed a little after each product of 2 x 2 tiles, but not while sums may still be repaired from the
   // panel that it overwrites. Null: nothing is packed.
   PackAhead* pack = nullptr;

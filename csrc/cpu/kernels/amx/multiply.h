@@ -32,10 +32,13 @@ inline void load_b(const void* rows, int64_t pitch) {
 
 // C += the products of parts. With three parts, three products are left out, those where neither part is the first and
 // one is the last: they are 2^-27 of the operands' product in the mean, at most 2^-23. Each product is added to C with
-// a rounding of its own, the largest last. between() is called after each product of 2 x 2 tiles.
+// a rounding of its own, the largest last. `mirrored`: in the order that a call with the operands exchanged would use,
+// so that bits do not depend on which operand is A: an image alone may have other roles than a batch. between() is
+// called after each product of 2 x 2 tiles.
 template <int PARTS, int MT, int NV, bool ONCE, class Between>
 CONV1X1_INLINE inline void multiply_group(const char* a, const char* second_a, int64_t a_pitch, int64_t a_part,
-                                          const char* b, int64_t b_pitch, const Between& between) {
+                                          const char* b, int64_t b_pitch, [[maybe_unused]] bool mirrored,
+                                          const Between& between) {
   // Multiplies one part of A by one part of B. a_loads and b_loads name the part to be loaded right before its first
   // product. kLoaded: the part of the product before is used again.
   const auto multiply = [&](int a_loads, int b_loads) CONV1X1_INLINE {
@@ -58,13 +61,20 @@ CONV1X1_INLINE inline void multiply_group(const char* a, const char* second_a, i
   constexpr int kLoaded = -1;
   if constexpr (PARTS == 1) {
     multiply(0, 0);
-  } else {
+  } else if (!mirrored) {
     multiply(0, PARTS - 1);
     if constexpr (PARTS == 3) multiply(kLoaded, 1);
     multiply(1, kLoaded);
     multiply(kLoaded, 0);
     if constexpr (PARTS == 3) multiply(2, kLoaded);
     multiply(0, kLoaded);
+  } else {
+    multiply(PARTS - 1, 0);
+    if constexpr (PARTS == 3) multiply(1, kLoaded);
+    multiply(kLoaded, 1);
+    multiply(0, kLoaded);
+    if constexpr (PARTS == 3) multiply(kLoaded, 2);
+    multiply(kLoaded, 0);
   }
 }
 

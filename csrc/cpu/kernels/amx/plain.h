@@ -41,7 +41,7 @@ void plain_tiles(const AmxTileArgs& t, const TiledRows& a, Pending& p, FinishRow
     for (int64_t panel = 0; panel < t.panels; ++panel, panel_b += t.b_step) {
       const char *rows = tile_rows, *b = panel_b;
       const auto group = [&]() CONV1X1_INLINE {
-        multiply_group<1, 2, 2, ONCE>(rows, rows + kTile * a.pitch, a.pitch, 0, b, b_pitch, [] {});
+        multiply_group<1, 2, 2, ONCE>(rows, rows + kTile * a.pitch, a.pitch, 0, b, b_pitch, false, [] {});
         next_a.step();
         next_c.step();
         rows += a.step;

@@ -67,9 +67,11 @@ void compute_tiles(const AmxTileArgs& t) {
           pitch = kTileBytes;
         }
         if (once)
-          multiply_group<PARTS, MT, NV, true>(rows, rows + second * pitch, pitch, a.part, columns, b_pitch, pack);
+          multiply_group<PARTS, MT, NV, true>(rows, rows + second * pitch, pitch, a.part, columns, b_pitch, t.mirrored,
+                                              pack);
         else
-          multiply_group<PARTS, MT, NV, false>(rows, rows + second * pitch, pitch, a.part, columns, b_pitch, pack);
+          multiply_group<PARTS, MT, NV, false>(rows, rows + second * pitch, pitch, a.part, columns, b_pitch, t.mirrored,
+                                               pack);
         if (g + 1 - stored == kGroupsAStore<PARTS, MT, NV> && g + 1 < end) {
           tile_store<6>(line, 0);
           stored = g + 1;
