@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
+from ._arguments import integer, stride_tuple
 from ._eager import (
     PLAIN,
     activation_name,
@@ -30,7 +31,6 @@ from ._eager import (
     make_config,
     needs_grad,
     plain_conv1x1,
-    stride_tuple,
     transformed,
 )
 from ._formulas import MASKED
@@ -58,8 +58,8 @@ def conv1x1(
         input: ``(N, C_in, *spatial)`` or unbatched ``(C_in, *spatial)``, with 1 to 3 spatial dimensions; any strides.
         weight: ``(C_out, C_in / groups, 1[, 1[, 1]])``: its dimensions decide whether the convolution is 1d, 2d or 3d.
         bias: ``(C_out,)``.
-        stride: one positive integer, or one per spatial dimension.
-        groups: blocks of channels that do not mix; divides both channel counts.
+        stride: one positive integer, or one per spatial dimension; NumPy's integers and 0-d tensors of integers too.
+        groups: blocks of channels that do not mix, an integer; divides both channel counts.
         activation: None, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or ``"gelu"`` (exact, by erf).
         residual: added before the activation; has the output's shape.
 
@@ -94,7 +94,7 @@ def _public(
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not needs_grad(input, weight, bias, residual)
     output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, stride_tuple(stride), groups,
+        _ops.conv1x1.default, input, weight, bias, residual, stride, groups,
         activation_name(activation if fused else None), allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
@@ -137,6 +137,7 @@ def _general(
         )
         return handled
     activation_name(activation)
+    stride, groups = stride_tuple(stride), integer("groups", groups)
     if compiling() or autocasting():
         input, weight, bias, residual = autocast(input, weight, bias, residual)  # type: ignore[assignment]
     if compiling():
@@ -145,7 +146,7 @@ def _general(
         return reference_forward(input, weight, bias, stride, groups, activation, residual)
     if transformed() or any(type(t) not in PLAIN for t in (input, weight, bias, residual) if t is not None):
         return _public(input, weight, bias, stride, groups, activation, residual)
-    config = make_config(activation, stride if type(stride) is int else stride_tuple(stride), groups, weight.dim() - 2)
+    config = make_config(activation, stride, groups, weight.dim() - 2)
     if not config:  # a stride or a number of groups that does not fit, or an error to be raised
         return _public(input, weight, bias, stride, groups, activation, residual)
     return plain_conv1x1(input, weight, bias, residual, config)
@@ -210,6 +211,7 @@ def conv1x1_avg_pool(
         )
         return handled
     name = activation_name(activation)
+    groups = integer("groups", groups)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     spatial = tuple(range(2 - weight.dim(), 0))
     pools_first = activation is None and input.dim() in (weight.dim(), weight.dim() - 1) and weight.dim() > 2
@@ -256,11 +258,12 @@ def explain(
     """
     check_tensors(input=input, weight=weight, bias=bias, residual=residual)
     name = activation_name(activation)
+    stride, groups = stride_tuple(stride), integer("groups", groups)
     with torch.no_grad():
         # Of what would be cast the plan needs no values.
         cast = autocast(input, weight, bias, residual, convert=lambda t, dtype: torch.empty_like(t, dtype=dtype))
         tf32 = allow_tf32(cast[0])  # type: ignore[arg-type]
-        text = _ops._explain(*cast, stride_tuple(stride), groups, name, tf32, direction)
+        text = _ops._explain(*cast, stride, groups, name, tf32, direction)
     out = Explanation(_library.key_values(text))
     wants_grad = needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:
