@@ -195,26 +195,15 @@ _apply_avg_pool = super(torch.autograd.Function, _AvgPool).apply  # type: ignore
 def config_of(activation: Any, stride: Any, groups: Any, weight: Tensor) -> int:
     """make_config's, or 0 also where an argument is wrong: the general route then says what."""
     try:
-        if type(groups) is not int:  # one key of the cache for 1, True and np.int64(1), so it sees ints alone
-            groups = integer("groups", groups)
-        return make_config(
-            activation, stride if type(stride) is int else stride_tuple(stride), groups, weight.dim() - 2
-        )
+        if type(stride) is type(groups) is int:
+            return make_config(activation, stride, groups, weight.dim() - 2)
+        return make_config(activation, stride_tuple(stride), integer("groups", groups), weight.dim() - 2)
     except (TypeError, ValueError):
         return 0
 
 
-def fast_conv1x1(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
-) -> Tensor | None:
-    """The convolution, with a plain weight, where nothing else stands between us and the kernels; else None."""
-    if not unobstructed(input, bias, residual):
-        return None
-    return plain_conv1x1(input, weight, bias, residual, config)
-
-
 def plain_conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
-    """The convolution, where nothing stands between us and the kernels."""
+    """The convolution, where nothing stands between us and the kernels: a plain weight, ``unobstructed``."""
     if input.is_cuda:
         config |= allow_tf32(input) * TF32
     if not _grad_enabled() or not (
@@ -253,6 +242,7 @@ def fast_avg_pool(input: Tensor, weight: Tensor, bias: Tensor | None, config: in
 
 
 def unobstructed(input: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Does nothing but the weight, which the caller has asked about, stand between us and the kernels?"""
     return (
         type(input) in PLAIN
         and (bias is None or type(bias) in PLAIN)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _conversion
 from ._arguments import check_edited
-from ._eager import compiling, config_of, fast_conv1x1
+from ._eager import compiling, config_of, plain_conv1x1, unobstructed
 from ._packed import PackedWeight
 from .ops import conv1x1
 
@@ -25,6 +25,7 @@ class Layer(nn.Module):
 
     _stock: ClassVar[type[_conversion.Conv]]
     _spatial: ClassVar[int]
+    activation: str | None = None
     _packs: ClassVar[bool] = True  # is there a kernel for packed weights?
     _packed: PackedWeight | None = None  # never a buffer: not in the state_dict
     # The config of the last call, after what it was made of: stride, padding, dilation, groups, activation, dimensions.
@@ -32,7 +33,8 @@ class Layer(nn.Module):
 
     # ---- the call -------------------------------------------------------------------------------------------------
 
-    def _call(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
         if not compiling():
             weight: Any
             bias: Any
@@ -41,26 +43,25 @@ class Layer(nn.Module):
                 weight, bias = parameters["weight"], parameters["bias"]
             except KeyError:  # parametrized, pruned, ...
                 weight, bias = self.weight, self.bias
-            stride, padding, dilation, groups, fused, dims, config = self._configured
+            stride, padding, dilation, groups, activation, dims, config = self._configured
             if (
                 stride is not self.stride
                 or groups is not self.groups
                 or padding is not self.padding
                 or dilation is not self.dilation
-                or fused is not activation
+                or activation is not self.activation
                 or dims != weight.dim()
             ):
-                config = self._configure(weight, activation)
+                config = self._configure(weight)
             if config:
-                output = None
                 if self._packed is not None:
                     output = self._packed.conv1x1(input, weight, bias, residual, config)
-                elif type(weight) is nn.Parameter:
-                    output = fast_conv1x1(input, weight, bias, residual, config)
-                if output is not None:
-                    return output
+                    if output is not None:
+                        return output
+                elif type(weight) is nn.Parameter and unobstructed(input, bias, residual):
+                    return plain_conv1x1(input, weight, bias, residual, config)
         else:
-            check_edited(self, self._spatial)
+            self._check()
         if self._packed is not None:
             self._packed.refuse_gradients(input, self.weight, self.bias, residual)
         return conv1x1(
@@ -69,16 +70,22 @@ class Layer(nn.Module):
             self.bias,  # type: ignore[arg-type]
             self.stride,  # type: ignore[arg-type]
             groups=self.groups,  # type: ignore[arg-type]
-            activation=activation,
+            activation=self.activation,
             residual=residual,
         )
 
-    def _configure(self, weight: Tensor, activation: str | None) -> int:
-        """The private operators' config of the attributes as they are, or 0 where there is more to think about."""
+    def _check(self) -> None:
+        """Raises:
+        TypeError, ValueError: where an edit gave the layer what its call would not heed.
+        """
         check_edited(self, self._spatial)
-        config = config_of(activation, self.stride, self.groups, weight)
+
+    def _configure(self, weight: Tensor) -> int:
+        """The private operators' config of the attributes as they are, or 0 where there is more to think about."""
+        self._check()
+        config = config_of(self.activation, self.stride, self.groups, weight)
         kept = [value if _fixed(value) else _ANEW for value in (self.stride, self.padding, self.dilation, self.groups)]
-        self._configured = (*kept, activation, weight.dim(), config)  # type: ignore[assignment]
+        self._configured = (*kept, self.activation, weight.dim(), config)  # type: ignore[assignment]
         return config
 
     def __prepare_scriptable__(self) -> Any:
@@ -129,7 +136,7 @@ class Layer(nn.Module):
             raise RuntimeError(
                 f"{name}.prepack: expected a module in eval mode, got one in training mode: call eval() first"
             )
-        check_edited(self, self._spatial)
+        self._check()
         return PackedWeight(input, self.weight, self.stride, self.groups, name, self._packs)
 
     def unpack(self) -> Any:
@@ -204,6 +211,8 @@ class Layer(nn.Module):
             )
         if not isinstance(conv, cls._stock) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"{where}: expected an initialised {name}, got {type(conv).__name__}")
+        if isinstance(conv, Layer):
+            conv._check()
         _conversion.refuse_losses(conv, cls._stock, cls, where)
         _conversion.refuse_other_convolutions(conv, cls._spatial, where)
         return _conversion.take(_conversion.empty(cls), conv, cls._stock)

@@ -54,16 +54,13 @@ class PackedWeight:
             self.panels: Tensor = _pack(input, weight, config)
         if weight.numel() <= _SMALL or not packs:
             self.panels = self.panels[:0]
+        # Do the kernels read this weight as it lies, or is it too small to be worth it?
+        self.empty = self.panels.numel() == 0
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
         # Kept, so that no other weight can come to lie at its address.
         self._storage = weight.untyped_storage()
         checks = os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" and not self.empty
         self._copy = weight.detach().clone() if checks else None
-
-    @property
-    def empty(self) -> bool:
-        """Do the kernels read this weight as it lies, or is it too small to be worth it?"""
-        return self.panels.numel() == 0
 
     def is_of(self, weight: Any) -> bool:
         """Is it of this very weight, and has torch counted no write since?"""
@@ -108,7 +105,12 @@ class PackedWeight:
         """
         if _eager.compiling():  # after an error Dynamo runs the layer's own frame as it is, and traces this one
             return None
-        if not self.is_of(weight) or self._copy is not None:
+        if (  # is_of, written out
+            weight is not self._weight
+            or weight._version != self._version
+            or weight.data_ptr() != self._address
+            or self._copy is not None
+        ):
             self.check(weight)
         if not _eager.unobstructed(input, bias, residual) or type(weight) is not nn.Parameter:
             return None

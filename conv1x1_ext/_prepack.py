@@ -123,4 +123,4 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, ValueError) as error:
-        raise type(error)(f"{error} (layer {name!r} of the model)") from None
+        raise type(error)(f"{error} (layer {name!r} of the model)" if name else str(error)) from None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import check_edited, integer, layer_arguments, positive
+from ._arguments import integer, layer_arguments, positive
 from ._conversion import activation_module, stock_convolution, take
 from ._eager import activation_name, compiling
 from ._layer import Layer
@@ -48,18 +48,12 @@ class _Linear(Layer):
 
     _with_activation: str
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``conv1x1(input) + bias + residual``; see :func:`conv1x1_ext.conv1x1`."""
-        return self._call(input, residual, None)
-
-    @property
-    def activation(self) -> None:
-        """None: see the layer's counterpart with an activation."""
-        return None
-
-    @activation.setter
-    def activation(self, value: Any) -> None:
-        raise TypeError(f"{type(self).__name__}: it has no activation: use {self._with_activation}, got {value!r}")
+    def _check(self) -> None:
+        super()._check()
+        if self.activation is not None:
+            raise TypeError(
+                f"{type(self).__name__}: it has no activation: use {self._with_activation}, got {self.activation!r}"
+            )
 
     @classmethod
     def from_conv2d(cls, conv: nn.modules.conv._ConvNd, activation: None = None) -> Any:
@@ -90,6 +84,7 @@ class _Linear(Layer):
         Raises:
             ValueError: for what cannot be kept, as ``from_conv2d``, and for a prepacked layer.
         """
+        self._check()
         return stock_convolution(self, self._stock)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,8 +138,6 @@ class Conv1x1_3d(_Linear, nn.Conv3d):
 class _Activated(Layer):
     """With an activation. No nn.Conv class: what goes by isinstance would take it for linear."""
 
-    activation: str | None
-
     def _fill(self, arguments: tuple[Any, ...], activation: str | None, device: Any, dtype: torch.dtype | None) -> None:
         activation_name(activation)
         take(self, self._stock(*arguments, device=device, dtype=dtype), self._stock)  # type: ignore[misc]
@@ -195,10 +188,6 @@ class _Fused(_Activated):
             groups, bias, padding_mode,
         )  # fmt: skip
         self._fill(arguments, activation, device, dtype)
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
-        return self._call(input, residual, self.activation)
 
     @classmethod
     def from_conv2d(cls, conv: nn.modules.conv._ConvNd, activation: str | None) -> Any:
@@ -296,27 +285,27 @@ class Conv1x1AvgPool(_Activated):
             dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """``activation(conv1x1(input) + bias).mean((-2, -1))``; see :func:`conv1x1_ext.conv1x1_avg_pool`."""
         stride, padding, dilation, *_ = self._configured
         edited = stride is not self.stride or padding is not self.padding or dilation is not self.dilation
         if compiling() or edited:
             self._check_pooled()
+        weight: Any
+        bias: Any
+        try:  # as in Layer.forward
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
         if self._packed is not None:
-            self._packed.refuse_gradients(input, self.weight, self.bias)
-        return conv1x1_avg_pool(
-            input,
-            self.weight,  # type: ignore[arg-type]
-            self.bias,  # type: ignore[arg-type]
-            groups=self.groups,  # type: ignore[arg-type]
-            activation=self.activation,
-        )
+            self._packed.refuse_gradients(input, weight, bias)
+        return conv1x1_avg_pool(input, weight, bias, groups=self.groups, activation=self.activation)  # type: ignore[arg-type]
 
     def _check_pooled(self) -> None:
         if compiling():
-            check_edited(self, 2)
+            self._check()
         else:  # and keeps what was checked
-            self._configure(self.weight, self.activation)  # type: ignore[arg-type]
+            self._configure(self.weight)  # type: ignore[arg-type]
         if any(s != 1 for s in positive("Conv1x1AvgPool", "stride", self.stride, 2)):
             raise ValueError(f"{type(self).__name__}: stride: expected 1, got {self.stride}")
 

@@ -27,16 +27,17 @@ from ._eager import (
     compiling,
     config_of,
     fast_avg_pool,
-    fast_conv1x1,
     make_config,
     needs_grad,
     plain_conv1x1,
     transformed,
+    unobstructed,
 )
 from ._formulas import MASKED
 from ._functorch import call
 
 _ops = torch.ops.conv1x1_ext
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def conv1x1(
@@ -76,10 +77,8 @@ def conv1x1(
     """
     if not compiling() and type(weight) in PLAIN:
         config = config_of(activation, stride, groups, weight)
-        if config:
-            output = fast_conv1x1(input, weight, bias, residual, config)
-            if output is not None:
-                return output
+        if config and unobstructed(input, bias, residual):
+            return plain_conv1x1(input, weight, bias, residual, config)
     return _general(input, weight, bias, stride, groups, activation, residual)
 
 
@@ -155,12 +154,15 @@ def _general(
 def check_tensors(**tensors: object) -> None:
     """Raises:
     TypeError: for anything that is neither a tensor (or tensor-like) nor, for bias and residual, None.
+    RuntimeError: for nested tensors.
     """
     for name, value in tensors.items():
         optional = name in ("bias", "residual")
         if not (isinstance(value, Tensor) or hasattr(value, "__torch_function__") or (optional and value is None)):
             expected = "a Tensor or None" if optional else "a Tensor"
             raise TypeError(f"conv1x1: {name}: expected {expected}, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.is_nested:  # a subclass that would answer with an operator's name
+            raise RuntimeError(f"conv1x1: {name}: expected a dense tensor, got a nested tensor: pad it")
 
 
 def reference_forward(
@@ -215,7 +217,7 @@ def conv1x1_avg_pool(
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     spatial = tuple(range(2 - weight.dim(), 0))
     pools_first = activation is None and input.dim() in (weight.dim(), weight.dim() - 1) and weight.dim() > 2
-    if pools_first and input.is_floating_point():
+    if pools_first and input.dtype in _DTYPES:
         return conv1x1(input.mean(spatial, keepdim=True), weight, bias, groups=groups).flatten(spatial[0] - 1)
     if not compiling() and forward_ad._current_level >= 0:
         return reference_forward(input, weight, bias, 1, groups, activation, None).mean(spatial)

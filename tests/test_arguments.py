@@ -118,11 +118,14 @@ def test_the_positions_of_the_first_version_are_not_misread():
     "kind,named", [(Conv1x1_1d, "Conv1x1Act_1d"), (Conv1x1, "Conv1x1Act"), (Conv1x1_3d, "Conv1x1Act_3d")]
 )
 def test_a_linear_layer_has_no_activation(kind, named):
-    layer = kind(3, 4)
+    layer, edited = kind(3, 4), kind(3, 4)
+    assert layer.activation is None
+    edited.activation = "relu"
     for wrong in (
         lambda: kind(3, 4, activation="relu"),
         lambda: kind.from_conv2d(layer, "relu"),
-        lambda: setattr(layer, "activation", "relu"),
+        lambda: edited(torch.randn(1, 3, *[2] * layer.weight[0, 0].dim())),
+        edited.to_conv2d,
     ):
         with pytest.raises(TypeError, match=rf"^{kind.__name__}.* it has no activation.*: use {named}\b"):
             wrong()
@@ -191,8 +194,8 @@ for wrong in (True, 1.0):
         except TypeError:
             continue
         raise SystemExit(arguments)
-calls, fast = [], _eager.plain_conv1x1
-_eager.plain_conv1x1 = lambda *args: calls.append(args) or fast(*args)
+calls, fprop = [], _eager._fprop
+_eager._fprop = lambda *args: calls.append(args) or fprop(*args)
 conv1x1(x, w), Conv1x1(8, 8)(x), Conv1x1Act(8, 8, activation="relu")(x)
 x = torch.randn(4, 256, 14, 14).to(memory_format=torch.channels_last)
 print(len(calls), Conv1x1(256, 256).eval().prepack(x).frozen)

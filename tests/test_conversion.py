@@ -190,6 +190,7 @@ def test_layers_of_another_function_are_refused(make, message):
             convert(make())
 
 
+@pytest.mark.cpu_only(reason="MKLDNN tensors are the CPU's")
 def test_tools_that_go_by_isinstance_keep_the_values():
     """to_mkldnn and the folding of BatchNorm take a Conv1x1 for what it is, and pass a Conv1x1Act by."""
     linear, act = Conv1x1(8, 8).eval(), Conv1x1Act(8, 8, activation="relu").eval()

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, activate
+from helpers import ACTIVATIONS, DEVICE, activate
 from torch import nn
 
 from conv1x1_ext import (
@@ -39,7 +39,7 @@ def seeded(make, *args, **kwargs):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_same_initialisation_state_and_output(linear, act, stock, dims, bias, groups):
     """By nn.Conv2d's own positional arguments."""
-    args = (6, 8, 1, 2, 0, 1, groups, bias, "zeros", "cpu", torch.float32)
+    args = (6, 8, 1, 2, 0, 1, groups, bias, "zeros", DEVICE, torch.float32)
     layers = [(seeded(linear, *args), None), *((seeded(act, *args, activation=f), f) for f in ACTIVATIONS)]
     b = seeded(stock, *args)
     for a, activation in layers:

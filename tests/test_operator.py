@@ -285,6 +285,13 @@ def test_functional_derivatives_beyond_both_kinks(pool, activation):
     torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(stock)(x))
 
 
+def test_functionalize():
+    layer, x = conv1x1_ext.Conv1x1Act(4, 6, activation="relu"), torch.randn(2, 4, 5, 5)
+    assert torch.equal(torch.func.functionalize(layer)(x), layer(x))
+    pooled = torch.func.functionalize(lambda x: conv1x1_avg_pool(x, layer.weight))
+    assert torch.equal(pooled(x), conv1x1_avg_pool(x, layer.weight))
+
+
 def test_jit_trace():
     net, x = conv1x1_ext.Conv1x1Act(4, 6, 1, 2, activation="relu").eval(), torch.randn(1, 4, 5, 5)
     traced = torch.jit.trace(net, (x,))
