@@ -108,12 +108,12 @@ def _ours(layout: str) -> Callable[[Case], tuple[Call, Outputs]]:
     return prepare
 
 
-def _prepacked_layer(case: Case, layout: str) -> conv1x1_ext.Conv1x1:
+def _prepacked_layer(case: Case, layout: str) -> conv1x1_ext.Conv1x1Act:
     layer = case.layer
     x, w, b = case.tensors(layout)
     with torch.inference_mode(False), torch.no_grad():  # an inference tensor's weight cannot be prepacked
-        module = conv1x1_ext.Conv1x1(
-            layer.c_in, layer.c_out, layer.stride, layer.groups, activation="relu", dtype=DTYPES[case.dtype]
+        module = conv1x1_ext.Conv1x1Act(
+            layer.c_in, layer.c_out, 1, layer.stride, groups=layer.groups, dtype=DTYPES[case.dtype], activation="relu"
         )
         module.load_state_dict({"weight": w, "bias": b})
         module.eval().prepack(x)

@@ -37,7 +37,7 @@ LINEAR_ALONE = "functional, no grad | F.linear alone"
 def candidates(c_in: int, c_out: int, size: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     """Callables by "kind | who", checked against each other."""
     torch.manual_seed(1)
-    ours = conv1x1_ext.Conv1x1(c_in, c_out, activation="relu")
+    ours = conv1x1_ext.Conv1x1Act(c_in, c_out, activation="relu")
     stock = torch.nn.Conv2d(c_in, c_out, 1)
     stock.load_state_dict(ours.state_dict())
     x = torch.randn(size)

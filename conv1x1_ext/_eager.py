@@ -1,11 +1,11 @@
 """The eager fast path: plain calls, with and without gradients, by the private operators. Small calls are won here.
 
-The argument vocabulary of all routes is here too: activations, strides, the private operators' config, TF32.
+The vocabulary of all routes is here too: activations, the private operators' config, TF32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._arguments import integer, stride_tuple
 from ._formulas import MASKED, avg_pool_backward_formula, backward_formula
 
 _ops = torch.ops.conv1x1_ext
@@ -74,7 +75,10 @@ def activation_name(activation: str | None) -> str:
 
 @lru_cache(maxsize=4096)
 def make_config(activation: str | None, stride: int | tuple[int, ...], groups: int, spatial: int) -> int:
-    """The private operators' one integer (csrc/tensor_checks.h), or 0 where the arguments do not fit into it."""
+    """The private operators' one integer (csrc/tensor_checks.h), or 0 where the arguments do not fit into it.
+
+    Its cache takes True and np.int64(1) for 1, so callers pass what ``integer`` and ``stride_tuple`` return.
+    """
     index = ACTIVATIONS.index(activation if activation is None else activation_name(activation))
     strides = (stride,) * spatial if isinstance(stride, int) else stride if len(stride) == spatial else stride * spatial
     fits = all(type(s) is int and 0 < s < _MAX_STRIDE for s in strides) and type(groups) is int
@@ -90,18 +94,6 @@ def decode_config(config: int, weight: Tensor) -> tuple[list[int], int, str, boo
     """Stride, groups, activation and allow_tf32 of a config."""
     stride = [config >> (4 + 10 * d) & 1023 for d in range(max(5 - weight.dim(), 0), 3)]
     return stride or [1], config >> 34, activation_name(ACTIVATIONS[config & 7]), bool(config & TF32)
-
-
-def stride_tuple(stride: Any) -> tuple[int, ...]:
-    """One stride, or one per spatial dimension.
-
-    Raises:
-        TypeError: for anything else than integers.
-    """
-    strides = (stride,) if isinstance(stride, int | torch.SymInt) else stride
-    if not isinstance(strides, Sequence) or not all(isinstance(s, int | torch.SymInt) for s in strides):
-        raise TypeError(f"conv1x1: stride: expected an integer or a sequence of integers, got {stride!r}")
-    return tuple(strides)
 
 
 def transformed() -> bool:
@@ -203,24 +195,15 @@ _apply_avg_pool = super(torch.autograd.Function, _AvgPool).apply  # type: ignore
 def config_of(activation: Any, stride: Any, groups: Any, weight: Tensor) -> int:
     """make_config's, or 0 also where an argument is wrong: the general route then says what."""
     try:
-        return make_config(
-            activation, stride if type(stride) is int else stride_tuple(stride), groups, weight.dim() - 2
-        )
+        if type(stride) is type(groups) is int:
+            return make_config(activation, stride, groups, weight.dim() - 2)
+        return make_config(activation, stride_tuple(stride), integer("groups", groups), weight.dim() - 2)
     except (TypeError, ValueError):
         return 0
 
 
-def fast_conv1x1(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
-) -> Tensor | None:
-    """The convolution, with a plain weight, where nothing else stands between us and the kernels; else None."""
-    if not unobstructed(input, bias, residual):
-        return None
-    return plain_conv1x1(input, weight, bias, residual, config)
-
-
 def plain_conv1x1(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
-    """The convolution, where nothing stands between us and the kernels."""
+    """The convolution, where nothing stands between us and the kernels: a plain weight, ``unobstructed``."""
     if input.is_cuda:
         config |= allow_tf32(input) * TF32
     if not _grad_enabled() or not (
@@ -259,6 +242,7 @@ def fast_avg_pool(input: Tensor, weight: Tensor, bias: Tensor | None, config: in
 
 
 def unobstructed(input: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Does nothing but the weight, which the caller has asked about, stand between us and the kernels?"""
     return (
         type(input) in PLAIN
         and (bias is None or type(bias) in PLAIN)

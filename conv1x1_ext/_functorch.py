@@ -16,7 +16,8 @@ _functions: dict[Any, Any] = {}
 
 def call(op: Any, *args: Any) -> Any:
     """``op(*args)``, under whatever torch.func transforms are active."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    top = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    if top is None or top.key() == torch._C._functorch.TransformType.Functionalize:  # which takes no autograd functions
         return op(*args)
     return _functions[op].apply(*args)
 

@@ -1,11 +1,12 @@
-"""A weight in the kernels' own order, kept between calls: what ``Conv1x1.prepack`` makes."""
+"""A weight in the kernels' own order, kept between calls: what ``prepack`` makes of a layer's weight."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _eager
 
@@ -20,55 +21,113 @@ class PackedWeight:
     """A weight as the kernels read it, made once, for calls that need no gradient.
 
     Args:
-        input: decides, by its layout, dtype, device and size, for which kernels.
+        input: decides, by its layout, dtype, device and size, for which kernels. Its values are not read.
         weight, stride, groups: as for :func:`conv1x1`.
+        owner: the layer's class, for messages.
+        packs: False checks the arguments and packs nothing.
 
-    It knows every write that torch counts (in place, an optimizer's, ``load_state_dict``), another tensor and moved
-    storage. It cannot know of writes through ``weight.data`` or NumPy; with CONV1X1_CHECK_PACKED=1 in the environment
-    it keeps a copy and compares at every call.
+    It knows every write that torch counts, another tensor and another place in memory: such a call raises. It cannot
+    know of the other writes, which ``Conv1x1.prepack`` lists; with CONV1X1_CHECK_PACKED=1 in the environment it keeps a
+    copy and compares at every call.
 
     Raises:
-        RuntimeError: as :func:`conv1x1`, and for inference tensors, whose writes torch does not count.
+        RuntimeError: as :func:`conv1x1`; for inference tensors, whose writes torch does not count; in autocast regions.
+        TypeError: for a weight that is no Parameter.
     """
 
-    def __init__(self, input: Tensor, weight: Tensor, stride: int | tuple[int, ...], groups: int) -> None:
+    def __init__(self, input: Tensor, weight: Any, stride: Any, groups: Any, owner: str, packs: bool = True) -> None:
+        self._owner = owner
+        refuse_autocast(owner)
+        if type(weight) is not nn.Parameter:
+            raise TypeError(
+                f"{owner}.prepack: weight: expected a plain Parameter of the layer, got {type(weight).__name__}: "
+                "where a parametrization or pruning makes the weight, remove it first and keep its result"
+            )
         if weight.is_inference():
             raise RuntimeError(
-                "prepack: weight: expected a tensor that counts its writes, got an inference tensor (made under "
-                "torch.inference_mode()): a stale packed weight could not be told from a fresh one"
+                f"{owner}.prepack: weight: expected a tensor that counts its writes, got an inference tensor (made "
+                "under torch.inference_mode()): a stale packed weight could not be told from a fresh one"
             )
-        spatial = weight.dim() - 2
-        config = _eager.make_config(None, stride, groups, spatial) or _eager.make_config(None, 1, groups, spatial)
+        # The panels do not depend on the stride, but that a large one leaves few pixels.
+        config = _eager.config_of(None, stride, groups, weight) or _eager.config_of(None, 1, groups, weight)
         with torch.no_grad():
             self.panels: Tensor = _pack(input, weight, config)
-        if weight.numel() <= _SMALL:
+        if weight.numel() <= _SMALL or not packs:
             self.panels = self.panels[:0]
+        # Do the kernels read this weight as it lies, or is it too small to be worth it?
+        self.empty = self.panels.numel() == 0
         self._weight, self._version, self._address = weight, weight._version, weight.data_ptr()
-        self._copy = weight.detach().clone() if os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" else None
+        # Kept, so that no other weight can come to lie at its address.
+        self._storage = weight.untyped_storage()
+        checks = os.environ.get("CONV1X1_CHECK_PACKED", "0") != "0" and not self.empty
+        self._copy = weight.detach().clone() if checks else None
 
-    @property
-    def empty(self) -> bool:
-        """Do the kernels read this weight as it lies, or is it too small to be worth it?"""
-        return self.panels.numel() == 0
+    def is_of(self, weight: Any) -> bool:
+        """Is it of this very weight, and has torch counted no write since?"""
+        return weight is self._weight and weight._version == self._version and weight.data_ptr() == self._address
 
-    def is_of(self, weight: Tensor) -> bool:
-        """Was it made of this very weight, unchanged since?
-
-        Raises:
-            RuntimeError: with CONV1X1_CHECK_PACKED=1, where the weight was written behind torch's back.
+    def check(self, weight: Any) -> None:
+        """Raises:
+        RuntimeError: where the panels are not of the weight as it is.
         """
-        same = weight is self._weight and weight._version == self._version and weight.data_ptr() == self._address
-        if same and self._copy is not None and not torch.equal(weight, self._copy):
+        if self.empty:
+            return
+        if not self.is_of(weight):
+            if weight is not self._weight:
+                change = "is another tensor than the one that was prepacked"
+            elif weight._version != self._version:
+                change = "was written after it was prepacked"
+            else:
+                change = "lies elsewhere in memory than when it was prepacked"
+        elif self._copy is None or torch.equal(weight, self._copy):
+            return
+        else:
+            change = "was written after it was prepacked, in a way that torch does not count"
+        raise RuntimeError(f"{self._owner}: weight: it {change}: call unpack(), or prepack() again")
+
+    def refuse_gradients(self, *tensors: Any) -> None:
+        """Raises:
+        RuntimeError: where a gradient would be needed.
+        """
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
             raise RuntimeError(
-                "prepack: weight: it was written through .data or NumPy, which torch does not count: call prepack again"
+                f"{self._owner}: the layer is prepacked, for inference without gradients: call it under "
+                "torch.no_grad() or torch.inference_mode(), or unpack() it first"
             )
-        return same
 
     def conv1x1(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
+        self, input: Tensor, weight: Any, bias: Tensor | None, residual: Tensor | None, config: int
     ) -> Tensor | None:
-        """:func:`conv1x1` by the panels, or None where a gradient or a transform needs more than a plain call."""
-        if not _eager.unobstructed(input, bias, residual) or _eager.needs_grad(input, weight, bias, residual):
+        """:func:`conv1x1` by the panels, or None where a transform or autocast needs more than a plain call.
+
+        Raises:
+            RuntimeError: for a weight that changed, and where a gradient would be needed.
+        """
+        if _eager.compiling():  # after an error Dynamo runs the layer's own frame as it is, and traces this one
             return None
+        if (  # is_of, written out
+            weight is not self._weight
+            or weight._version != self._version
+            or weight.data_ptr() != self._address
+            or self._copy is not None
+        ):
+            self.check(weight)
+        if not _eager.unobstructed(input, bias, residual) or type(weight) is not nn.Parameter:
+            return None
+        if _eager.needs_grad(input, weight, bias, residual):
+            self.refuse_gradients(input, weight, bias, residual)
+        if self.empty:
+            return _eager.plain_conv1x1(input, weight, bias, residual, config)
         output: Tensor = _fprop(input, weight, self.panels, bias, residual, config)
         return output
+
+
+def refuse_autocast(owner: str) -> None:
+    """Raises:
+    RuntimeError: in an autocast region.
+    """
+    if _eager.autocasting():
+        raise RuntimeError(
+            f"{owner}.prepack: the layer is called in an autocast region, where its weight is cast at every call: "
+            "convert the model instead, such as by model.to(torch.bfloat16)"
+        )

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
+from ._arguments import integer, stride_tuple
 from ._eager import (
     PLAIN,
     activation_name,
@@ -26,17 +27,17 @@ from ._eager import (
     compiling,
     config_of,
     fast_avg_pool,
-    fast_conv1x1,
     make_config,
     needs_grad,
     plain_conv1x1,
-    stride_tuple,
     transformed,
+    unobstructed,
 )
 from ._formulas import MASKED
 from ._functorch import call
 
 _ops = torch.ops.conv1x1_ext
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def conv1x1(
@@ -58,8 +59,8 @@ def conv1x1(
         input: ``(N, C_in, *spatial)`` or unbatched ``(C_in, *spatial)``, with 1 to 3 spatial dimensions; any strides.
         weight: ``(C_out, C_in / groups, 1[, 1[, 1]])``: its dimensions decide whether the convolution is 1d, 2d or 3d.
         bias: ``(C_out,)``.
-        stride: one positive integer, or one per spatial dimension.
-        groups: blocks of channels that do not mix; divides both channel counts.
+        stride: one positive integer, or one per spatial dimension; NumPy's integers and 0-d tensors of integers too.
+        groups: blocks of channels that do not mix, an integer; divides both channel counts.
         activation: None, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or ``"gelu"`` (exact, by erf).
         residual: added before the activation; has the output's shape.
 
@@ -76,10 +77,8 @@ def conv1x1(
     """
     if not compiling() and type(weight) in PLAIN:
         config = config_of(activation, stride, groups, weight)
-        if config:
-            output = fast_conv1x1(input, weight, bias, residual, config)
-            if output is not None:
-                return output
+        if config and unobstructed(input, bias, residual):
+            return plain_conv1x1(input, weight, bias, residual, config)
     return _general(input, weight, bias, stride, groups, activation, residual)
 
 
@@ -94,7 +93,7 @@ def _public(
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not needs_grad(input, weight, bias, residual)
     output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, stride_tuple(stride), groups,
+        _ops.conv1x1.default, input, weight, bias, residual, stride, groups,
         activation_name(activation if fused else None), allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
@@ -137,6 +136,7 @@ def _general(
         )
         return handled
     activation_name(activation)
+    stride, groups = stride_tuple(stride), integer("groups", groups)
     if compiling() or autocasting():
         input, weight, bias, residual = autocast(input, weight, bias, residual)  # type: ignore[assignment]
     if compiling():
@@ -145,7 +145,7 @@ def _general(
         return reference_forward(input, weight, bias, stride, groups, activation, residual)
     if transformed() or any(type(t) not in PLAIN for t in (input, weight, bias, residual) if t is not None):
         return _public(input, weight, bias, stride, groups, activation, residual)
-    config = make_config(activation, stride if type(stride) is int else stride_tuple(stride), groups, weight.dim() - 2)
+    config = make_config(activation, stride, groups, weight.dim() - 2)
     if not config:  # a stride or a number of groups that does not fit, or an error to be raised
         return _public(input, weight, bias, stride, groups, activation, residual)
     return plain_conv1x1(input, weight, bias, residual, config)
@@ -154,12 +154,15 @@ def _general(
 def check_tensors(**tensors: object) -> None:
     """Raises:
     TypeError: for anything that is neither a tensor (or tensor-like) nor, for bias and residual, None.
+    RuntimeError: for nested tensors.
     """
     for name, value in tensors.items():
         optional = name in ("bias", "residual")
         if not (isinstance(value, Tensor) or hasattr(value, "__torch_function__") or (optional and value is None)):
             expected = "a Tensor or None" if optional else "a Tensor"
             raise TypeError(f"conv1x1: {name}: expected {expected}, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.is_nested:  # a subclass that would answer with an operator's name
+            raise RuntimeError(f"conv1x1: {name}: expected a dense tensor, got a nested tensor: pad it")
 
 
 def reference_forward(
@@ -210,10 +213,11 @@ def conv1x1_avg_pool(
         )
         return handled
     name = activation_name(activation)
+    groups = integer("groups", groups)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     spatial = tuple(range(2 - weight.dim(), 0))
     pools_first = activation is None and input.dim() in (weight.dim(), weight.dim() - 1) and weight.dim() > 2
-    if pools_first and input.is_floating_point():
+    if pools_first and input.dtype in _DTYPES:
         return conv1x1(input.mean(spatial, keepdim=True), weight, bias, groups=groups).flatten(spatial[0] - 1)
     if not compiling() and forward_ad._current_level >= 0:
         return reference_forward(input, weight, bias, 1, groups, activation, None).mean(spatial)
@@ -256,11 +260,12 @@ def explain(
     """
     check_tensors(input=input, weight=weight, bias=bias, residual=residual)
     name = activation_name(activation)
+    stride, groups = stride_tuple(stride), integer("groups", groups)
     with torch.no_grad():
         # Of what would be cast the plan needs no values.
         cast = autocast(input, weight, bias, residual, convert=lambda t, dtype: torch.empty_like(t, dtype=dtype))
         tf32 = allow_tf32(cast[0])  # type: ignore[arg-type]
-        text = _ops._explain(*cast, stride_tuple(stride), groups, name, tf32, direction)
+        text = _ops._explain(*cast, stride, groups, name, tf32, direction)
     out = Explanation(_library.key_values(text))
     wants_grad = needs_grad(input, weight, bias, residual)
     if forward_ad._current_level >= 0:

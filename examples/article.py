@@ -15,7 +15,7 @@ from common import check, check_close, duration, machine, make_console, median_t
 from rich.table import Table
 from torch import Tensor, nn
 
-from conv1x1_ext import Conv1x1, Conv1x1AvgPool
+from conv1x1_ext import Conv1x1, Conv1x1Act, Conv1x1AvgPool
 
 ARTICLE_RATIO = 23  # "approximately 23 times faster than ... with a (3, 3) filter"
 console = make_console()
@@ -161,11 +161,11 @@ class ConvNet(nn.Module):
 
 
 class FusedConvNet(ConvNet):
-    """The same network with layer 3 as ``Conv1x1(8, 8, activation="relu")``, sharing another one's parameters."""
+    """The same network with layer 3 as ``Conv1x1Act(8, 8, activation="relu")``, sharing another one's parameters."""
 
     def __init__(self, stock: ConvNet) -> None:
         super().__init__()
-        fused = Conv1x1.from_conv2d(stock.network[6], activation="relu")  # type: ignore[arg-type]
+        fused = Conv1x1Act.from_conv2d(stock.network[6], activation="relu")  # type: ignore[arg-type]
         self.network = nn.Sequential(*list(stock.network)[:6], fused)
 
 
@@ -173,7 +173,7 @@ def non_linearity(title: str) -> None:
     """A 1x1 that keeps the number of channels, for the ReLU behind it; then the article's ConvNet."""
     maps = torch.randn(512, 12, 12)
     conv = nn.Conv2d(512, 512, 1, bias=False)
-    linear, relu = Conv1x1.from_conv2d(conv), Conv1x1.from_conv2d(conv, activation="relu")
+    linear, relu = Conv1x1.from_conv2d(conv), Conv1x1Act.from_conv2d(conv, activation="relu")
     with torch.no_grad():
         check(relu(maps).shape == maps.shape, "512 -> 512 keeps (512, 12, 12)")
         check_close(relu(maps), F.relu(conv(maps)), "512 -> 512 with ReLU is nn.Conv2d's and ReLU's")

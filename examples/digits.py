@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from conv1x1_ext import Conv1x1AvgPool, MLPConv
+from conv1x1_ext import Conv1x1Act, Conv1x1AvgPool, MLPConv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -87,7 +87,7 @@ def network(fused: bool) -> nn.Sequential:
     head = Conv1x1AvgPool(before, 10) if fused else StockHead(before, 10)
     model = nn.Sequential(*layers, head)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # Conv1x1 is one
+        if isinstance(module, nn.Conv2d | Conv1x1Act | Conv1x1AvgPool):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return model

@@ -268,7 +268,7 @@ def test_tf32_follows_torchs_settings(api):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
 def test_autocast_as_conv2d(layout, dtype):
-    ours = conv1x1_ext.Conv1x1(16, 24, activation="relu").to(memory_format=getattr(torch, _format(layout)))
+    ours = conv1x1_ext.Conv1x1Act(16, 24, activation="relu").to(memory_format=getattr(torch, _format(layout)))
     x = laid_out((2, 16, 9, 8), torch.float32, layout).requires_grad_()
     with torch.autocast("cuda", dtype):
         y, e = ours(x), torch.nn.functional.conv2d(x, ours.weight, ours.bias).relu()
@@ -288,7 +288,7 @@ def test_autocast_as_conv2d(layout, dtype):
 def test_prepack_keeps_nothing(layout, dtype):
     """The kernels read the weight as it lies."""
     x, w, b, _ = operands(SHAPE, dtype, layout)
-    module = conv1x1_ext.Conv1x1(SHAPE.c_in, SHAPE.c_out, activation="relu", dtype=dtype).eval()
+    module = conv1x1_ext.Conv1x1Act(SHAPE.c_in, SHAPE.c_out, activation="relu", dtype=dtype).eval()
     module.load_state_dict({"weight": w, "bias": b})
     with torch.no_grad():
         expected = conv1x1(x, module.weight, module.bias, activation="relu")

@@ -22,6 +22,10 @@ CASES = {
         lambda: {"input": t(1, 3, 4, 4, dtype=torch.int64), "weight": t(2, 3, 1, 1)},
         RuntimeError, "input: expected dtype float32, float64, bfloat16 or float16, got int64",
     ),
+    "float8 input": (
+        lambda: {"input": t(1, 3, 4, 4, dtype=torch.float8_e4m3fn), "weight": t(2, 3, 1, 1)},
+        RuntimeError, "input: expected dtype float32, float64, bfloat16 or float16, got float8_e4m3fn",
+    ),
     "complex input": (
         lambda: {"input": t(1, 3, 4, 4, dtype=torch.complex64), "weight": t(2, 3, 1, 1)},
         RuntimeError, "input: expected dtype float32, float64, bfloat16 or float16, got complex64",
@@ -270,15 +274,42 @@ def test_not_a_tensor(name):
 
 @pytest.mark.parametrize("stride", [1.5, "2", None, (1, 1.5), [2, "a"]], ids=str)
 def test_stride_of_the_wrong_type(stride):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="stride: expected an integer or a sequence of integers"):
         conv1x1(t(1, 3, 4, 4), t(2, 3, 1, 1), stride=stride)
 
 
-@pytest.mark.parametrize("groups", [1.5, "2", None], ids=str)
-def test_groups_of_the_wrong_type(groups):
-    for function in (conv1x1, conv1x1_avg_pool):
-        with pytest.raises((TypeError, RuntimeError)):
-            function(t(1, 3, 4, 4), t(2, 3, 1, 1), groups=groups)
+STRANGE = {
+    "mkldnn": (lambda x: x.to_mkldnn(), "a dense tensor, got layout torch._mkldnn: call to_dense() on it"),
+    "sparse": (lambda x: x.to_sparse(), "a dense tensor, got layout torch.sparse_coo: call to_dense() on it"),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+        "dtype float32, float64, bfloat16 or float16, got quint8: call dequantize() on it",
+    ),
+    "nested": (lambda x: torch.nested.nested_tensor([x[0], x[0]]), "a dense tensor, got a nested tensor: pad it"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x[0, 0], x[0, 0]], layout=torch.jagged),
+        "a dense tensor, got a nested tensor: pad it",
+    ),
+}
+
+
+@pytest.mark.cpu_only(reason="MKLDNN tensors are the CPU's")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", list(STRANGE))
+def test_tensors_that_no_kernel_reads(name, grad):
+    make, message = STRANGE[name]
+    x, w = t(2, 3, 4, 4), t(2, 3, 1, 1).requires_grad_(grad)
+    for call in (
+        lambda x: conv1x1(x, w, activation="relu"),
+        lambda x: conv1x1_avg_pool(x, w),
+        lambda x: conv1x1_ext.explain(x, w),
+        conv1x1_ext.Conv1x1(3, 2).requires_grad_(grad),
+    ):
+        assert says(caught(RuntimeError, lambda call=call: call(make(x))), f"input: expected {message}")
+    if name in ("mkldnn", "sparse"):
+        text = caught(RuntimeError, lambda: conv1x1(x, w, residual=make(t(2, 2, 4, 4))))
+        assert says(text, f"residual: expected {message}")
 
 
 @pytest.mark.parametrize("activation", [1, True, ["relu"], "ReLU", "none", ""], ids=repr)

@@ -98,8 +98,8 @@ def test_second_derivatives_of_parts(need):
 class Net(nn.Module):
     def __init__(self, activation="relu"):
         super().__init__()
-        self.a = conv1x1_ext.Conv1x1(4, 8, 2, groups=2, activation=activation)
-        self.b = conv1x1_ext.Conv1x1(8, 8, activation=activation)
+        self.a = conv1x1_ext.Conv1x1Act(4, 8, 1, 2, groups=2, activation=activation)
+        self.b = conv1x1_ext.Conv1x1Act(8, 8, activation=activation)
         self.head = conv1x1_ext.Conv1x1AvgPool(8, 3)
 
     def forward(self, x):
@@ -148,7 +148,7 @@ def test_fx_keeps_one_node():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = conv1x1_ext.Conv1x1(3, 4, activation="relu")
+            self.layer = conv1x1_ext.Conv1x1Act(3, 4, activation="relu")
 
         def forward(self, x, r):
             return conv1x1(self.layer(x), r, activation="silu"), conv1x1_avg_pool(x, self.layer.weight)
@@ -233,7 +233,7 @@ def test_dual_numbers(activation):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_as_conv2d(compiled, dtype):
-    ours, stock = conv1x1_ext.Conv1x1(4, 6, activation="relu"), nn.Conv2d(4, 6, 1)
+    ours, stock = conv1x1_ext.Conv1x1Act(4, 6, activation="relu"), nn.Conv2d(4, 6, 1)
     stock.load_state_dict(ours.state_dict())
     torch._dynamo.reset()
     run = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
@@ -285,8 +285,15 @@ def test_functional_derivatives_beyond_both_kinks(pool, activation):
     torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(stock)(x))
 
 
+def test_functionalize():
+    layer, x = conv1x1_ext.Conv1x1Act(4, 6, activation="relu"), torch.randn(2, 4, 5, 5)
+    assert torch.equal(torch.func.functionalize(layer)(x), layer(x))
+    pooled = torch.func.functionalize(lambda x: conv1x1_avg_pool(x, layer.weight))
+    assert torch.equal(pooled(x), conv1x1_avg_pool(x, layer.weight))
+
+
 def test_jit_trace():
-    net, x = conv1x1_ext.Conv1x1(4, 6, 2, activation="relu").eval(), torch.randn(1, 4, 5, 5)
+    net, x = conv1x1_ext.Conv1x1Act(4, 6, 1, 2, activation="relu").eval(), torch.randn(1, 4, 5, 5)
     traced = torch.jit.trace(net, (x,))
     x = torch.randn(2, 4, 7, 7)
     torch.testing.assert_close(traced(x), net(x))

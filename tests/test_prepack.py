@@ -1,4 +1,4 @@
-"""A packed weight kept between calls: the same bits, and never a stale one where torch can know."""
+"""A packed weight kept between calls: the same bits. What makes it stale is refused, or raises where torch knows."""
 
 import copy
 import io
@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
 
 import conv1x1_ext
-from conv1x1_ext import Conv1x1, Conv1x1_1d, Conv1x1_3d
+from conv1x1_ext import Conv1x1, Conv1x1_1d, Conv1x1_3d, Conv1x1Act, Conv1x1AvgPool, conv1x1
 
 pytestmark = pytest.mark.cpu_only(reason="CUDA kernels read the weight as it lies")
 
@@ -24,12 +26,13 @@ def image(dtype=torch.float32, channels_last=True, size=(7, 7), batch=1):
 
 
 def layer(dtype=torch.float32, **kwargs):
-    return Conv1x1(C_IN, C_OUT, activation="relu", dtype=dtype, **kwargs).eval()
+    return Conv1x1Act(C_IN, C_OUT, activation="relu", dtype=dtype, **kwargs).eval()
 
 
-def reference(m, x):
+def reference(m, x, residual=None):
+    given = {"groups": m.groups, "activation": m.activation, "residual": residual}
     with torch.no_grad():
-        return conv1x1_ext.conv1x1(x, m.weight, m.bias, m.stride, groups=m.groups, activation=m.activation)
+        return conv1x1(x, m.weight, m.bias, m.stride, **given)
 
 
 def assert_right(m, x):
@@ -56,8 +59,8 @@ def test_the_bits_of_a_call_that_packs(dtype, channels_last, groups, stride):
         for layout in (channels_last, not channels_last):  # panels of another layout are left aside
             x = image(dtype, layout, size, batch)
             assert_right(m, x)
-            residual = torch.randn_like(m(x).detach())
             with torch.no_grad():
+                residual = torch.randn_like(m(x))
                 expected = conv1x1_ext.conv1x1(
                     x, m.weight, m.bias, stride, groups=groups, activation="relu", residual=residual
                 )
@@ -123,7 +126,7 @@ def leave_vectors_idle(x, stride):
 @pytest.mark.parametrize("groups,stride,size", [(1, 1, (5, 5)), (2, 1, (3, 3)), (1, 2, (9, 10)), (1, 1, (1, 1))])
 def test_a_few_contiguous_pixels(dtype, activation, groups, stride, size):
     """They leave vectors half empty, which the packed weight fills: the same bits; other sizes are as before."""
-    m = Conv1x1(520 * groups, 530 * groups, activation=activation, dtype=dtype, groups=groups, stride=stride).eval()
+    m = Conv1x1Act(520 * groups, 530 * groups, activation=activation, dtype=dtype, groups=groups, stride=stride).eval()
     x = torch.randn(1, m.in_channels, *size).to(dtype)
     m.prepack(x)
     assert m.prepacked or not leave_vectors_idle(x, stride)
@@ -154,7 +157,7 @@ def test_a_few_contiguous_pixels_meet_the_panels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_few_contiguous_pixels_of_very_many_channels(dtype):
     """More of k than L2 holds comes in pieces, whose sums are carried from one to the next."""
-    m, x = Conv1x1(20_000, 140, activation="relu", dtype=dtype).eval(), torch.randn(1, 20_000, 3, 1, dtype=dtype)
+    m, x = Conv1x1Act(20_000, 140, activation="relu", dtype=dtype).eval(), torch.randn(1, 20_000, 3, 1, dtype=dtype)
     m.prepack(x)
     assert m.prepacked
     assert_right(m, x)
@@ -170,20 +173,18 @@ def optimizer_step(m):
     torch.optim.SGD([m.weight], lr=0.5).step()
 
 
-def load_state_dict(m):
-    m.load_state_dict({"weight": torch.randn_like(m.weight), "bias": torch.randn_like(m.bias)})
-
-
-def load_assigned(m):
-    m.load_state_dict({"weight": torch.randn_like(m.weight), "bias": torch.randn_like(m.bias)}, assign=True)
-
-
 def new_parameter(m):
     m.weight = nn.Parameter(torch.randn_like(m.weight))
 
 
 def new_data(m):
     m.weight.data = torch.randn_like(m.weight)
+
+
+def rounded(m):
+    """Two assignments, the second of which could end where the weight lay before."""
+    m.weight.data = m.weight.data.to(torch.bfloat16)
+    m.weight.data = m.weight.data.float()
 
 
 def through_a_view(m):
@@ -199,30 +200,137 @@ def initialised(m):
     nn.init.normal_(m.weight)
 
 
-def trained(m):
-    m.train()
-    m.eval()
+def parametrized(m):
+    nn.utils.parametrizations.weight_norm(m)
 
 
-def converted(m):
-    m.double()
-    m.float()
+CHANGES = [in_place, optimizer_step, new_parameter, new_data, rounded, through_a_view, through_detach, initialised]
 
 
-CHANGES = [in_place, optimizer_step, load_state_dict, load_assigned, new_parameter, new_data, through_a_view]
-CHANGES += [through_detach, initialised, trained, converted]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_a_change_that_torch_counts_drops_it(packed, change):
+@pytest.mark.parametrize("change", [*CHANGES, parametrized], ids=lambda f: f.__name__)
+def test_a_call_after_a_change_that_torch_knows_of_raises(packed, change):
     m, x = packed
     change(m)
-    assert not m.prepacked
+    assert not m.prepacked and m.frozen
+    with torch.no_grad():
+        for residual in (None, torch.randn(1, C_OUT, 7, 7)):
+            with pytest.raises(RuntimeError, match=r"Conv1x1Act: weight: it .*: call unpack\(\), or prepack\(\) again"):
+                m(x, residual)
+    if change is not parametrized:
+        m.prepack(x)
+        assert m.prepacked
+        assert_right(m, x)
+        change(m)
+    assert m.unpack() is m and not m.frozen
+    with torch.no_grad():
+        assert torch.equal(m(x), conv1x1(x, m.weight, m.bias, activation="relu"))
+
+
+def test_no_other_weight_comes_to_lie_at_its_address(packed):
+    """Its memory is kept, until it is unpacked."""
+    m, _ = packed
+    memory = StorageWeakRef(m.weight.untyped_storage())
+    m.weight.data = torch.randn_like(m.weight)
+    assert not memory.expired()
+    m.unpack()
+    assert memory.expired()
+
+
+def test_a_weight_of_functional_call_is_another_one(packed):
+    m, x = packed
+    with torch.no_grad(), pytest.raises(RuntimeError, match="is another tensor"):
+        torch.func.functional_call(m, {"weight": nn.Parameter(torch.randn_like(m.weight))}, (x,))
     assert_right(m, x)
-    assert m._packed is None
-    m.prepack(x)
+
+
+STATE = {"weight": torch.ones(C_OUT, C_IN, 1, 1, device="cpu"), "bias": torch.ones(C_OUT, device="cpu")}
+REFUSED = {
+    "train": (lambda m: m.train(), r"Conv1x1Act: train\(\)"),
+    "load_state_dict": (lambda m: m.load_state_dict(STATE), "weight, bias: load_state_dict"),
+    "load_state_dict of a part": (
+        lambda m: m.load_state_dict({"bias": STATE["bias"]}, strict=False),
+        "load_state_dict",
+    ),
+    "load_state_dict by assignment": (lambda m: m.load_state_dict(STATE, assign=True), "load_state_dict"),
+    "double": (lambda m: m.double(), "weight: conversion to torch.float64 on cpu"),
+    "to a dtype": (lambda m: m.to(torch.bfloat16), "weight: conversion to torch.bfloat16 on cpu"),
+    "to a device": (lambda m: m.to("meta"), "weight: conversion to torch.float32 on meta"),
+    "to other memory": (lambda m: m.to_empty(device="cpu"), "weight: a move to other memory"),
+}
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_would_make_it_stale_is_refused(packed, name, whole_model):
+    m, x = packed
+    run, message = REFUSED[name]
+    before = m.weight.clone()
+    outer = nn.Sequential(m).eval()
+    if whole_model and "load" in name:
+        outer[0], message = m, message.replace("weight, bias", "0.weight, 0.bias")
+        keys = ["bias"] if "part" in name else list(STATE)
+        attempt = lambda: outer.load_state_dict(  # noqa: E731
+            {f"0.{key}": STATE[key] for key in keys}, strict=False, assign="assignment" in name
+        )
+    else:
+        attempt = lambda: run(outer if whole_model else m)  # noqa: E731
+    with pytest.raises(RuntimeError, match=f"{message}.*the layer is prepacked, for inference: unpack\\(\\) it first"):
+        attempt()
+    assert m.prepacked and not m.training and torch.equal(m.weight, before)
+    assert_right(m, x)
+    outer.eval()
+    conv1x1_ext.unpack(outer)
+    attempt()
+
+
+def test_what_changes_nothing_is_not_refused(packed):
+    m, x = packed
+    m.eval()
+    m.float().to("cpu").to(torch.float32).requires_grad_(False)
+    nn.Sequential(m, nn.Linear(2, 2)).load_state_dict({"1.weight": torch.ones(2, 2)}, strict=False)
     assert m.prepacked
     assert_right(m, x)
+
+
+def test_a_weight_in_shared_memory_lies_elsewhere(packed):
+    m, x = packed
+    m.share_memory()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="lies elsewhere in memory"):
+        m(x)
+
+
+@pytest.mark.parametrize("of", ["weight", "input", "bias", "residual"])
+def test_gradients_are_refused(packed, of):
+    m, x = packed
+    residual = torch.randn(1, C_OUT, 7, 7)
+    m.requires_grad_(False)
+    {"weight": m.weight, "bias": m.bias, "input": x, "residual": residual}[of].requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(m, backend="eager")
+    for call in (m, compiled):
+        with pytest.raises(RuntimeError, match=r"without gradients: call it under torch.no_grad\(\).*or unpack\(\)"):
+            call(x, residual)
+    with torch.no_grad():
+        assert torch.equal(m(x, residual), reference(m, x, residual))
+        assert torch.equal(compiled(x, residual), reference(m, x, residual))
+    m.unpack()(x, residual).sum().backward()
+
+
+@pytest.mark.parametrize("make", [lambda: Conv1x1(8, 8), lambda: Conv1x1AvgPool(C_IN, C_OUT)], ids=["small", "pooled"])
+def test_a_layer_with_nothing_to_pack_is_frozen_too(make):
+    m = make().eval()
+    x = torch.randn(1, m.in_channels, 7, 7).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        before = m(x)
+        assert m.prepack(x) is m and m.frozen and not m.prepacked
+        assert torch.equal(m(x), before)
+        m.weight.mul_(2)  # read as it is
+        after = m(x)
+        assert torch.equal(after, m.unpack()(x)) and not torch.equal(after, before)
+        m.prepack(x)
+    for refused in (lambda: m(x), m.train, m.double, lambda: m.load_state_dict(m.state_dict())):
+        with pytest.raises(RuntimeError, match=r"unpack\(\)"):
+            refused()
 
 
 def through_data(m):
@@ -233,7 +341,19 @@ def through_numpy(m):
     m.weight.detach().numpy()[:] = 3
 
 
-@pytest.mark.parametrize("change", [through_data, through_numpy], ids=lambda f: f.__name__)
+def through_dlpack(m):
+    torch.from_dlpack(m.weight.detach()).fill_(3)
+
+
+def through_a_fused_optimizer(m):
+    m.weight.grad = torch.ones_like(m.weight)
+    torch.optim.AdamW([m.weight], lr=0.5, fused=True).step()
+
+
+UNSEEN = [through_data, through_numpy, through_dlpack, through_a_fused_optimizer]
+
+
+@pytest.mark.parametrize("change", UNSEEN, ids=lambda f: f.__name__)
 def test_a_change_that_torch_does_not_count_wants_another_prepack(packed, change):
     m, x = packed
     change(m)
@@ -241,15 +361,94 @@ def test_a_change_that_torch_does_not_count_wants_another_prepack(packed, change
     assert_right(m, x)
 
 
-@pytest.mark.parametrize("change", [through_data, through_numpy], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", UNSEEN, ids=lambda f: f.__name__)
 def test_a_forgotten_prepack_is_an_error_where_asked_for(monkeypatch, change):
     monkeypatch.setenv("CONV1X1_CHECK_PACKED", "1")
     m, x = layer(), image()
     m.prepack(x)
     assert_right(m, x)
     change(m)
-    with pytest.raises(RuntimeError, match="call prepack again"), torch.no_grad():
+    with (
+        pytest.raises(RuntimeError, match=r"weight: it was written.*call unpack\(\), or prepack\(\) again"),
+        torch.no_grad(),
+    ):
         m(x)
+
+
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, lambda m: prune.identity(m, "weight")])
+def test_a_weight_that_is_made_at_every_call_is_refused(change):
+    m = layer()
+    change(m)
+    with pytest.raises(TypeError, match="weight: expected a plain Parameter of the layer, got Tensor"):
+        m.prepack(image())
+
+
+def test_autocast_regions_are_refused():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"prepack: .*autocast region"):
+        layer().prepack(image())
+
+
+class Model(nn.Module):
+    """Layers of all kinds: called once, twice, by name, behind a stock layer, never."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, C_IN, 3), nn.BatchNorm2d(C_IN))
+        self.twice = Conv1x1(C_IN, C_IN)
+        self.act = Conv1x1Act(C_IN, C_OUT, activation="silu")
+        self.head = Conv1x1AvgPool(C_OUT, 10)
+        self.never = Conv1x1(C_IN, C_OUT)
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = []
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        x = self.twice(self.twice(self.stem(x)[:, :, ::2, ::2]) * scale)
+        return self.head(self.act(input=x))
+
+
+def test_a_whole_model():
+    model, x = Model().eval().to(memory_format=torch.channels_last), torch.randn(2, 3, 9, 9)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model(x)
+    assert conv1x1_ext.prepack(model, x) is model
+    assert model.seen[-1] == (False, False) and model.calls == 1
+    assert model.twice.prepacked and model.act.prepacked and model.head.frozen and not model.never.frozen
+    assert not model.act._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+        model.act.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="Conv1x1Act: weight: it was written"):
+            model(x)
+        conv1x1_ext.prepack(model, (x, 2.0))  # as the weights are now
+        conv1x1_ext.prepack(model, x, scale=2.0)
+        frozen = model(x)
+        assert conv1x1_ext.unpack(model) is model and not model.act.frozen
+        assert torch.equal(model(x), frozen)
+    model.train()
+    model(x).sum().backward()
+
+
+def test_a_whole_model_errors():
+    model, x = Model().eval(), torch.randn(2, 3, 9, 9)
+    model.stem[1].train()
+    with pytest.raises(RuntimeError, match=r"its module 'stem.1' is in training mode: call model.eval\(\)"):
+        conv1x1_ext.prepack(model, x)
+    with pytest.raises(ValueError, match="the example reaches no layer of conv1x1_ext"):
+        conv1x1_ext.prepack(nn.Linear(3, 3).eval(), torch.randn(2, 3))
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"autocast region.*layer 'twice' of the model"), torch.autocast("cpu"):
+        conv1x1_ext.prepack(model, x)
+    with pytest.raises(RuntimeError, match="expected input"):
+        conv1x1_ext.prepack(model, torch.randn(2, 4, 9, 9))
+    conv1x1_ext.prepack(model, x)
+    before = model.act._packed
+    prune.identity(model.head, "weight")
+    with pytest.raises(TypeError, match=r"plain Parameter.*layer 'head' of the model"):
+        conv1x1_ext.prepack(model, x)
+    assert model.act._packed is before and model.calls == 0
 
 
 def test_inference_tensors_are_refused():
@@ -270,20 +469,13 @@ def test_inference_mode_around_the_call(packed):
 
 
 def test_training_mode_is_refused():
-    with pytest.raises(RuntimeError, match=r"Conv1x1\.prepack: expected a module in eval mode"):
+    with pytest.raises(RuntimeError, match=r"Conv1x1Act\.prepack: expected a module in eval mode.*call eval"):
         layer().train().prepack(image())
 
 
 def test_bad_input_is_refused_as_by_forward():
     with pytest.raises(RuntimeError, match="input"):
         layer().prepack(torch.randn(1, C_IN + 1, 7, 7))
-
-
-def test_gradients_take_the_other_route(packed):
-    m, x = packed
-    x.requires_grad_()
-    m(x).sum().backward()
-    assert x.grad is not None and m.weight.grad is not None and m.prepacked
 
 
 def test_never_in_the_state_dict_nor_in_a_pickle(packed):
@@ -304,6 +496,7 @@ def test_never_in_the_state_dict_nor_in_a_pickle(packed):
 
 def test_compiled(packed):
     m, x = packed
+    torch._dynamo.reset()
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), reference(m, x))

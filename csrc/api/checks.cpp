@@ -15,11 +15,23 @@ std::string shape_text(const int64_t* size, int64_t ndim) {
 std::string shape_of(const TensorInfo& t) { return shape_text(t.size, t.ndim); }
 
 std::string scalar_type_text(int type) {
-  constexpr const char* names[] = {"uint8",   "int8",    "int16",     "int32",     "int64",      "float16",
-                                   "float32", "float64", "complex32", "complex64", "complex128", "bool",
-                                   "qint8",   "quint8",  "qint32",    "bfloat16"};
+  constexpr const char* names[] = {"uint8",           "int8",
+                                   "int16",           "int32",
+                                   "int64",           "float16",
+                                   "float32",         "float64",
+                                   "complex32",       "complex64",
+                                   "complex128",      "bool",
+                                   "qint8",           "quint8",
+                                   "qint32",          "bfloat16",
+                                   "quint4x2",        "quint2x4",
+                                   "bits1x8",         "bits2x4",
+                                   "bits4x2",         "bits8",
+                                   "bits16",          "float8_e5m2",
+                                   "float8_e4m3fn",   "float8_e5m2fnuz",
+                                   "float8_e4m3fnuz", "uint16",
+                                   "uint32",          "uint64"};
   if (type >= 0 && type < static_cast<int>(sizeof names / sizeof *names)) return names[type];
-  return "ScalarType " + std::to_string(type);
+  return "another one";
 }
 
 std::string device_text(const TensorInfo& t) {

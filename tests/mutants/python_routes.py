@@ -2,12 +2,16 @@
 
 from .mutant import mutant
 
+ARGUMENTS = "conv1x1_ext/_arguments.py"
+CONVERSION = "conv1x1_ext/_conversion.py"
 EAGER = "conv1x1_ext/_eager.py"
 FORMULAS = "conv1x1_ext/_formulas.py"
+LAYER = "conv1x1_ext/_layer.py"
 LIBRARY = "conv1x1_ext/_library.py"
 MODULES = "conv1x1_ext/modules.py"
 OPS = "conv1x1_ext/ops.py"
 PACKED = "conv1x1_ext/_packed.py"
+PREPACK = "conv1x1_ext/_prepack.py"
 RULES = "conv1x1_ext/_registrations.py"
 
 MUTANTS = [
@@ -90,9 +94,8 @@ MUTANTS = [
         "test_cuda_routes.py -k 'test_tf32_by'",
     ),
     mutant(
-        "stride-of-any-type", EAGER,
-        "not isinstance(strides, Sequence) or not all(isinstance(s, int | torch.SymInt) for s in strides)",
-        "not isinstance(strides, Sequence)",
+        "stride-of-any-type", ARGUMENTS,
+        "    if any(item is None for item in found):", "    if False:",
         "test_errors.py::test_stride_of_the_wrong_type",
     ),
     # ---- _formulas.py
@@ -124,7 +127,7 @@ MUTANTS = [
     ),
     mutant(
         "integers-pooled-before-they-are-refused", OPS,
-        "if pools_first and input.is_floating_point():", "if pools_first:",
+        "if pools_first and input.dtype in _DTYPES:", "if pools_first:",
         "test_errors.py::test_avg_pool",
     ),
     mutant(
@@ -133,36 +136,87 @@ MUTANTS = [
         "return apply_activation(z, activation) + (0 if residual is None else residual)",
         "test_operator.py::test_dual_numbers",
     ),
-    # ---- _packed.py and modules.py
+    # ---- _arguments.py, _packed.py, _prepack.py, _layer.py, _conversion.py and modules.py
+    mutant(
+        "integer-takes-a-bool", ARGUMENTS,
+        "if isinstance(value, bool) or (", "if (",
+        "test_arguments.py::test_what_is_no_integer",
+    ),
+    mutant(
+        "config-of-what-is-not-an-int", EAGER,
+        "        if type(stride) is type(groups) is int:", "        if True:",
+        "test_arguments.py::test_no_call_depends_on_the_arguments_of_others",
+    ),
+    mutant(
+        "padding-taken-where-one-dimension-has-none", ARGUMENTS,
+        "    if any(size != 0 for size in found):", "    if all(size != 0 for size in found):",
+        "test_arguments.py::test_edited_attributes_are_heeded",
+    ),
     mutant(
         "packed-weight-does-not-see-writes", PACKED,
-        "weight is self._weight and weight._version == self._version and", "weight is self._weight and",
-        "test_prepack.py::test_a_change_that_torch_counts_drops_it",
+        "            or weight._version != self._version\n", "",
+        "test_prepack.py::test_a_call_after_a_change_that_torch_knows_of_raises",
     ),
     mutant(
         "packed-weight-does-not-see-moved-storage", PACKED,
-        "weight._version == self._version and weight.data_ptr() == self._address", "weight._version == self._version",
+        "            or weight.data_ptr() != self._address\n", "",
         "test_prepack.py -k change",
     ),
     mutant(
+        "packed-weight-lets-its-memory-be-used-again", PACKED,
+        "        self._storage = weight.untyped_storage()\n", "",
+        "test_prepack.py::test_no_other_weight_comes_to_lie_at_its_address",
+    ),
+    mutant(
         "packed-weight-where-a-gradient-is-needed", PACKED,
-        " or _eager.needs_grad(input, weight, bias, residual):", ":",
-        "test_prepack.py::test_gradients_take_the_other_route",
+        "        if _eager.needs_grad(input, weight, bias, residual):\n"
+        "            self.refuse_gradients(input, weight, bias, residual)\n", "",
+        "test_prepack.py::test_gradients_are_refused",
     ),
     mutant(
-        "training-keeps-the-packed-weight", MODULES,
-        "        if mode:\n            self._packed = None\n", "",
-        "test_prepack.py::test_a_change_that_torch_counts_drops_it",
+        "training-keeps-the-packed-weight", LAYER,
+        "        if mode and self._packed is not None:", "        if False:",
+        "test_prepack.py::test_what_would_make_it_stale_is_refused",
     ),
     mutant(
-        "module-keeps-the-config-of-another-activation", MODULES,
-        "            or activation is not self.activation\n", "",
-        "test_modules.py::test_attributes_may_change_between_calls",
+        "loading-keeps-the-packed-weight", LAYER,
+        "        if self._packed is not None and given:", "        if False:",
+        "test_prepack.py::test_what_would_make_it_stale_is_refused",
     ),
     mutant(
-        "from-conv2d-takes-padding", MODULES,
+        "prepack-leaves-buffers-as-the-run-left-them", PREPACK,
+        "                buffer.copy_(copy)\n", "                pass\n",
+        "test_prepack.py -k whole_model",
+    ),
+    mutant(
+        "module-keeps-the-config-of-another-activation", LAYER,
+        "                or activation is not self.activation\n", "",
+        "test_arguments.py::test_attributes_may_change_between_calls",
+    ),
+    mutant(
+        "module-keeps-the-config-of-another-padding", LAYER,
+        "                or padding is not self.padding\n", "",
+        "test_arguments.py::test_edited_attributes_are_heeded",
+    ),
+    mutant(
+        "module-keeps-the-config-of-a-list", LAYER,
+        "[value if _fixed(value) else _ANEW for value in", "[value for value in",
+        "test_arguments.py::test_lists_changed_in_place",
+    ),
+    mutant(
+        "from-conv2d-takes-padding", CONVERSION,
         "any(p != 0 for p in conv.padding)", "all(p != 0 for p in conv.padding)",
-        "test_modules.py -k from_conv2d",
+        "test_conversion.py::test_other_layers_are_refused",
+    ),
+    mutant(
+        "from-conv2d-takes-a-subclass", CONVERSION,
+        "            if defined:\n", "            if False:\n",
+        "test_conversion.py::test_layers_of_another_function_are_refused",
+    ),
+    mutant(
+        "from-conv2d-drops-hooks", CONVERSION,
+        "        if getattr(conv, hooks):\n", "        if False:\n",
+        "test_conversion.py::test_what_a_layer_would_lose_is_named",
     ),
     mutant(
         "mlpconv-of-shifted-widths", MODULES,
