@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._arguments import integer, stride_tuple
-from ._formulas import MASKED, avg_pool_backward_formula, backward_formula
+from ._formulas import MASKED, avg_pool_backward_formula, backward_formula, needed
 
 _ops = torch.ops.conv1x1_ext
 
@@ -110,7 +110,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-@torch.compiler.assume_constant_result
 def conv_uses_tf32() -> bool:
     """torch's own question for its convolutions, Context::allowTF32CuDNN(Float32Op::CONV).
 
@@ -119,6 +118,10 @@ def conv_uses_tf32() -> bool:
     Dynamo cannot trace it and has no guard for it: a compiled or exported graph keeps the answer of its trace.
     """
     return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
+
+
+# What torch.compiler.assume_constant_result does, after importing all of Dynamo and Inductor: seconds.
+conv_uses_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allow_tf32(input: Tensor) -> bool:
@@ -143,9 +146,10 @@ class _Conv1x1(torch.autograd.Function):
         input, weight, output = ctx.saved_tensors
         need_input, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         config = _config_now(ctx, input)
-        if _grad_enabled():  # create_graph: the gradients must be differentiable themselves
+        # create_graph: the gradients must be differentiable themselves; forward mode: they have tangents
+        if _grad_enabled() or forward_ad._current_level >= 0:
             stride, groups, name, tf32 = decode_config(config, weight)
-            need = (need_input, need_weight, need_bias, need_residual)
+            need = needed(ctx, 4)
             return *backward_formula(grad, input, weight, output, stride, groups, name, tf32, need), None
         masked_residual = need_residual and output is not None
         wanted = need_input | need_weight << 1 | need_bias << 2 | masked_residual << 3
@@ -173,7 +177,7 @@ class _AvgPool(torch.autograd.Function):
         config = _config_now(ctx, input)
         if _grad_enabled() or transformed():
             _, groups, name, tf32 = decode_config(config, weight)
-            need = (need_input, need_weight, need_bias)
+            need = needed(ctx, 3)
             return *avg_pool_backward_formula(grad, input, weight, bias, groups, name, tf32, need), None
         run = _ops._avg_pool_backward.default if compiling() else _avg_pool_backward
         wanted = need_input | need_weight << 1 | need_bias << 2

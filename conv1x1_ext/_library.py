@@ -29,6 +29,19 @@ except OSError as error:
         f"conv1x1_ext: {path.name} does not load with torch {torch.__version__}; it needs torch >= 2.10. ({error})"
     ) from error
 
+
+def registrations() -> torch.library.Library:
+    """What holds the operators' rules that are written in Python, empty: those of an earlier import are taken back.
+
+    The operators outlive this package's modules in a process, so their namespace keeps it.
+    """
+    kept = vars(torch.ops.conv1x1_ext)
+    if "_rules" in kept:
+        kept["_rules"]._destroy()
+    rules = kept["_rules"] = torch.library.Library("conv1x1_ext", "IMPL")
+    return rules
+
+
 _check = ctypes.CDLL(str(path)).conv1x1_ext_check
 _check.argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_char_p, ctypes.c_int64]
 _check.restype = ctypes.c_int

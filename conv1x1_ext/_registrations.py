@@ -1,25 +1,31 @@
-"""What torch must know about the public operators: fake tensors, autograd, vmap, FLOPs. Imported once, for effect."""
+"""What torch must know about the operators: fake tensors and FLOPs; derivatives and vmap from their own files.
+
+Imported for effect. A second import in a process replaces what the first registered.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import _library
+from . import _autograd, _library, _vmap
 from ._eager import ACTIVATIONS, activation_name, decode_config
-from ._formulas import DERIVATIVES, MASKED, avg_pool_backward_formula, backward_formula
-from ._functorch import call, register
+from ._formulas import DERIVATIVES
 
 _ops = torch.ops.conv1x1_ext
 _aten = torch.ops.aten
 
 
 assert set(DERIVATIVES) == {activation_name(a) for a in ACTIVATIONS}
+
+_kept = _library.registrations()
+_autograd.register_all(_kept)
+_vmap.register_all(_kept)
 
 
 # ---- fake tensors -------------------------------------------------------------------------------------------------
@@ -94,7 +100,7 @@ def _empty_weight_grad(weight: Tensor) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake("conv1x1_ext::conv1x1")
+@torch.library.register_fake("conv1x1_ext::conv1x1", lib=_kept)
 def _conv1x1_fake(
     input: Tensor,
     weight: Tensor,
@@ -109,7 +115,7 @@ def _conv1x1_fake(
     return _empty_output(input, weight, stride, groups)
 
 
-@torch.library.register_fake("conv1x1_ext::conv1x1_backward")
+@torch.library.register_fake("conv1x1_ext::conv1x1_backward", lib=_kept)
 def _conv1x1_backward_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -134,7 +140,7 @@ def _conv1x1_backward_fake(
     )
 
 
-@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool")
+@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool", lib=_kept)
 def _avg_pool_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, activation: str, allow_tf32: bool
 ) -> Tensor:
@@ -143,7 +149,7 @@ def _avg_pool_fake(
     return input.new_empty([*batch, 0 if input.shape[len(batch)] == 0 else weight.shape[0]])
 
 
-@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool_backward")
+@torch.library.register_fake("conv1x1_ext::conv1x1_avg_pool_backward", lib=_kept)
 def _avg_pool_backward_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -166,13 +172,13 @@ def _avg_pool_backward_fake(
 
 
 # The private operators meet fake or meta tensors where no mode announces them: a module on the meta device.
-@torch.library.register_fake("conv1x1_ext::_fprop")
+@torch.library.register_fake("conv1x1_ext::_fprop", lib=_kept)
 def _fprop_fake(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, config: int) -> Tensor:
     output: Tensor = _conv1x1_fake(input, weight, bias, residual, *decode_config(config, weight))
     return output
 
 
-@torch.library.register_fake("conv1x1_ext::_fprop_packed")
+@torch.library.register_fake("conv1x1_ext::_fprop_packed", lib=_kept)
 def _fprop_packed_fake(
     input: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, config: int
 ) -> Tensor:
@@ -180,7 +186,7 @@ def _fprop_packed_fake(
     return output
 
 
-@torch.library.register_fake("conv1x1_ext::_backward")
+@torch.library.register_fake("conv1x1_ext::_backward", lib=_kept)
 def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, config: int, wanted: int
 ) -> tuple[Tensor | None, ...]:
@@ -191,14 +197,14 @@ def _backward_fake(
     return grads
 
 
-@torch.library.register_fake("conv1x1_ext::_avg_pool")
+@torch.library.register_fake("conv1x1_ext::_avg_pool", lib=_kept)
 def _avg_pool_private_fake(input: Tensor, weight: Tensor, bias: Tensor | None, config: int) -> Tensor:
     _, *plain = decode_config(config, weight)
     output: Tensor = _avg_pool_fake(input, weight, bias, *plain)
     return output
 
 
-@torch.library.register_fake("conv1x1_ext::_avg_pool_masked")
+@torch.library.register_fake("conv1x1_ext::_avg_pool_masked", lib=_kept)
 def _avg_pool_masked_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, config: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +215,7 @@ def _avg_pool_masked_fake(
     return output, input.new_empty((pooled + 7) // 8 + 1, dtype=torch.uint8)
 
 
-@torch.library.register_fake("conv1x1_ext::_avg_pool_backward")
+@torch.library.register_fake("conv1x1_ext::_avg_pool_backward", lib=_kept)
 def _avg_pool_backward_private_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -225,145 +231,6 @@ def _avg_pool_backward_private_fake(
     return grads
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------------
-
-
-def _conv1x1_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, residual, *ctx.plain = inputs
-    activation = ctx.plain[2]
-    from_output = activation == "none" or activation in MASKED
-    # The functional never lets SiLU and its like get here with a gradient; a direct call recomputes z.
-    extra = (output if activation in MASKED else None,) if from_output else (bias, residual)
-    ctx.save_for_backward(input, weight, *extra)
-
-
-def _conv1x1_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, *extra = ctx.saved_tensors
-    stride, groups, activation, allow_tf32 = ctx.plain
-    output = None
-    if len(extra) == 2:
-        z = call(_ops.conv1x1.default, input, weight, *extra, stride, groups, "none", allow_tf32)
-        grad, activation = DERIVATIVES[activation](grad, z), "none"
-    else:
-        (output,) = extra
-    need = tuple(ctx.needs_input_grad[:4])
-    grads = backward_formula(grad, input, weight, output, stride, groups, activation, allow_tf32, need)
-    return *grads, None, None, None, None
-
-
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    grad_output, input, weight, y, *ctx.plain = inputs
-    ctx.save_for_backward(grad_output, input, weight, y)
-
-
-def _backward_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives. The mask is a constant almost everywhere, so the backward is linear in dz = dy * mask."""
-    ddx, ddw, ddbias, ddz = grads
-    grad_output, input, weight, output = ctx.saved_tensors
-    stride, groups, activation, allow_tf32 = ctx.plain[:4]
-    need_grad, need_input, need_weight = ctx.needs_input_grad[:3]
-
-    def conv(x: Tensor, w: Tensor) -> Tensor:
-        result: Tensor = call(_ops.conv1x1.default, x, w, None, None, stride, groups, "none", allow_tf32)
-        return result
-
-    def gradient(x: Tensor, w: Tensor, which: int) -> Tensor:
-        wanted = [which == i for i in range(4)]
-        grads = call(
-            _ops.conv1x1_backward.default, grad_output, x, w, output, stride, groups, activation, allow_tf32, *wanted
-        )
-        result: Tensor = grads[which]
-        return result
-
-    d_grad = None
-    if need_grad:
-        terms = [] if ddz is None else [ddz]
-        terms += [] if ddx is None else [conv(ddx, weight)]
-        terms += [] if ddw is None else [conv(input, ddw)]
-        terms += [] if ddbias is None else [ddbias.reshape([-1] + [1] * (weight.dim() - 2)).expand_as(grad_output)]
-        d_grad = sum(terms[1:], start=terms[0]) if terms else torch.zeros_like(grad_output)
-        d_grad = d_grad if output is None else DERIVATIVES[activation](d_grad, output)
-    d_input = gradient(input, ddw, 0) if need_input and ddw is not None else None
-    d_weight = gradient(ddx, weight, 1) if need_weight and ddx is not None else None
-    return d_grad, d_input, d_weight, None, *([None] * 8)
-
-
-def _avg_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, *ctx.plain = inputs
-    ctx.save_for_backward(input, weight, bias)
-
-
-def _avg_pool_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias = ctx.saved_tensors
-    groups, activation, allow_tf32 = ctx.plain
-    need = ctx.needs_input_grad[:3]
-    grads = avg_pool_backward_formula(grad, input, weight, bias, groups, activation, allow_tf32, need)
-    return *grads, None, None, None
-
-
-def _not_differentiable(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "conv1x1_avg_pool_backward: not differentiable itself; differentiate conv1x1_avg_pool with create_graph=True"
-    )
-
-
-# ---- vmap ---------------------------------------------------------------------------------------------------------
-
-
-def _per_example(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """One call per example: right for any mixture of batched arguments."""
-    results = []
-    for i in range(info.batch_size):
-        example = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
-        results.append(call(op, *example))
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(None if r[0] is None else torch.stack(r) for r in zip(*results, strict=True))
-    return stacked, tuple(None if s is None else 0 for s in stacked)
-
-
-def _fold_batch(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """A batched input (and residual) with one weight: the vmapped dimension joins the images' in a single call."""
-    input, weight = args[:2]
-    unbatched = in_dims[0] is not None and input.dim() - 1 == weight.dim() - 1
-    residual_dim = in_dims[3] if op is _ops.conv1x1.default else None
-    residual = args[3] if op is _ops.conv1x1.default else None
-    shared = in_dims[1] is None and in_dims[2] is None and (residual is None or residual_dim is not None)
-    if in_dims[0] is None or not shared:  # weights of their own
-        return _per_example(op, info, in_dims, args)
-
-    def fold(t: Tensor, dim: Any) -> Tensor:
-        t = t.movedim(dim, 0)
-        return t if unbatched else t.flatten(0, 1)
-
-    rest = list(args[2:])
-    if residual is not None:
-        rest[1] = fold(residual, residual_dim)
-    output = call(op, fold(input, in_dims[0]), weight, *rest)
-    return (output if unbatched else output.unflatten(0, (info.batch_size, -1))), 0
-
-
-def _no_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    pass
-
-
-def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any], fold: bool) -> None:
-    op = getattr(_ops, name).default
-
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _fold_batch(op, info, in_dims, *args) if fold else _per_example(op, info, in_dims, args)
-
-    torch.library.register_autograd(f"conv1x1_ext::{name}", backward, setup_context=setup)
-    torch.library.register_vmap(f"conv1x1_ext::{name}", vmap)
-    register(op, setup, backward, vmap)
-
-
-_register("conv1x1", _conv1x1_setup, _conv1x1_autograd, fold=True)
-_register("conv1x1_backward", _backward_setup, _backward_autograd, fold=False)
-_register("conv1x1_avg_pool", _avg_pool_setup, _avg_pool_autograd, fold=True)
-_register("conv1x1_avg_pool_backward", _no_setup, _not_differentiable, fold=False)
-
-
 # ---- FLOPs: two a multiply-add, as torch counts a convolution -------------------------------------------------------
 
 
@@ -376,6 +243,10 @@ def _flops(input_shape: Sequence[int], weight_shape: Sequence[int], stride: Sequ
     for s, t in zip(input_shape[len(input_shape) - spatial :], strides, strict=True):
         flops *= 0 if s == 0 else (s - 1) // t + 1
     return flops
+
+
+for _name in ("conv1x1", "conv1x1_backward", "conv1x1_avg_pool", "conv1x1_avg_pool_backward"):
+    flop_registry.pop(getattr(_ops, _name), None)
 
 
 @register_flop_formula(_ops.conv1x1)

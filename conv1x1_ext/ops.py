@@ -34,7 +34,6 @@ from ._eager import (
     unobstructed,
 )
 from ._formulas import MASKED
-from ._functorch import call
 
 _ops = torch.ops.conv1x1_ext
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -92,8 +91,8 @@ def _public(
     residual: Tensor | None,
 ) -> Tensor:
     fused = activation is None or activation in MASKED or not needs_grad(input, weight, bias, residual)
-    output: Tensor = call(
-        _ops.conv1x1.default, input, weight, bias, residual, stride, groups,
+    output: Tensor = _ops.conv1x1.default(
+        input, weight, bias, residual, stride, groups,
         activation_name(activation if fused else None), allow_tf32(input),
     )  # fmt: skip
     return output if fused else apply_activation(output, activation)
@@ -108,7 +107,8 @@ def autocast(
 ) -> tuple[Tensor | None, ...]:
     """As torch casts a convolution's arguments in an autocast region: to the region's own dtype, differentiably."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    # Of other devices, such as meta, torch may know no autocast, and raises where it is asked.
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
@@ -139,10 +139,10 @@ def _general(
     stride, groups = stride_tuple(stride), integer("groups", groups)
     if compiling() or autocasting():
         input, weight, bias, residual = autocast(input, weight, bias, residual)  # type: ignore[assignment]
+    if forward_ad._current_level >= 0:  # torch's own operators have derivatives of any order and kind
+        return reference_forward(input, weight, bias, stride, groups, activation, residual)
     if compiling():
         return _public(input, weight, bias, stride, groups, activation, residual)
-    if forward_ad._current_level >= 0:  # torch's own operators have the tangents' rules
-        return reference_forward(input, weight, bias, stride, groups, activation, residual)
     if transformed() or any(type(t) not in PLAIN for t in (input, weight, bias, residual) if t is not None):
         return _public(input, weight, bias, stride, groups, activation, residual)
     config = make_config(activation, stride, groups, weight.dim() - 2)
@@ -219,9 +219,9 @@ def conv1x1_avg_pool(
     pools_first = activation is None and input.dim() in (weight.dim(), weight.dim() - 1) and weight.dim() > 2
     if pools_first and input.dtype in _DTYPES:
         return conv1x1(input.mean(spatial, keepdim=True), weight, bias, groups=groups).flatten(spatial[0] - 1)
-    if not compiling() and forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return reference_forward(input, weight, bias, 1, groups, activation, None).mean(spatial)
-    result: Tensor = call(_ops.conv1x1_avg_pool.default, input, weight, bias, groups, name, allow_tf32(input))
+    result: Tensor = _ops.conv1x1_avg_pool.default(input, weight, bias, groups, name, allow_tf32(input))
     return result
 
 

@@ -4,6 +4,7 @@ from .mutant import mutant
 
 ARGUMENTS = "conv1x1_ext/_arguments.py"
 CONVERSION = "conv1x1_ext/_conversion.py"
+AUTOGRAD = "conv1x1_ext/_autograd.py"
 EAGER = "conv1x1_ext/_eager.py"
 FORMULAS = "conv1x1_ext/_formulas.py"
 LAYER = "conv1x1_ext/_layer.py"
@@ -13,6 +14,7 @@ OPS = "conv1x1_ext/ops.py"
 PACKED = "conv1x1_ext/_packed.py"
 PREPACK = "conv1x1_ext/_prepack.py"
 RULES = "conv1x1_ext/_registrations.py"
+VMAP = "conv1x1_ext/_vmap.py"
 
 MUTANTS = [
     # ---- _eager.py: the private operators' config, what is saved, what obstructs the fast path
@@ -48,7 +50,7 @@ MUTANTS = [
     ),
     mutant(
         "create-graph-takes-the-private-operator", EAGER,
-        "if _grad_enabled():  # create_graph", "if False:  # create_graph",
+        "if _grad_enabled() or forward_ad._current_level >= 0:", "if forward_ad._current_level >= 0:",
         "test_operator.py::test_first_and_second_derivatives",
     ),
     mutant(
@@ -242,17 +244,44 @@ MUTANTS = [
         "test_avg_pool.py::test_fake_masks_are_as_the_real_ones",
     ),
     mutant(
-        "vmap-shares-a-batched-bias", RULES,
-        "in_dims[1] is None and in_dims[2] is None and (", "in_dims[1] is None and (",
+        "vmap-shares-a-batched-bias", VMAP,
+        "    if at_weight is None and at_bias is None:\n        x, r =", "    if at_weight is None:\n        x, r =",
         "test_operator.py::test_vmap",
     ),
     mutant(
-        "second-derivative-by-the-wrong-weight", RULES,
-        "[conv(input, ddw)]", "[conv(input, weight)]",
+        "vmap-groups-of-one-example", VMAP,
+        "op(b.groups(input, at_input), w, c, r, stride, groups * size, *rest)",
+        "op(b.groups(input, at_input), w, c, r, stride, size, *rest)",
+        "test_transforms.py::test_a_batch_is_one_call",
+    ),
+    mutant(
+        "batched-gradients-of-the-wrong-level", VMAP,
+        "            level -= 1\n        level += 1\n", "            level -= 1\n",
+        "test_transforms.py::test_batched_gradients",
+    ),
+    mutant(
+        "inner-transform-hides-the-outer", AUTOGRAD,
+        "torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward)",
+        "torch.set_grad_enabled(False), forward_ad._set_fwd_grad_enabled(forward)",
+        "test_operator.py::test_functional_derivatives",
+    ),
+    mutant(
+        "tangent-without-the-weights", AUTOGRAD,
+        "    if d_weight is not None:\n        total,", "    if False:\n        total,",
+        "test_transforms.py::test_dual_numbers_of_operators",
+    ),
+    mutant(
+        "tangent-of-a-gradient-without-the-inputs", AUTOGRAD,
+        "    if need_weight and d_input is not None:\n", "    if False:\n",
+        "test_transforms.py::test_dual_numbers_of_operators",
+    ),
+    mutant(
+        "second-derivative-by-the-wrong-weight", AUTOGRAD,
+        "_ops.conv1x1.default(input, d_weight, d_bias, total", "_ops.conv1x1.default(input, weight, d_bias, total",
         "test_operator.py::test_second_derivatives_of_parts",
     ),
     mutant(
-        "second-derivative-not-masked", RULES,
+        "second-derivative-not-masked", AUTOGRAD,
         "        d_grad = d_grad if output is None else DERIVATIVES[activation](d_grad, output)\n", "",
         "test_operator.py::test_first_and_second_derivatives",
     ),
