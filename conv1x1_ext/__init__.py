@@ -15,7 +15,6 @@ from .modules import (
 from .ops import build_info, conv1x1, conv1x1_avg_pool, explain
 
 from . import _registrations as _registrations  # isort: skip  (needs ops)
-from . import _layouts as _layouts  # isort: skip
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,6 +1,6 @@
 """Tensors that no kernel reads (sparse, MKLDNN, quantized, nested): an error that names the argument, not an operator.
 
-Registered as kernels for those tensors, so that no other call has to ask. Imported once, for effect.
+Registered as kernels for those tensors, so that no other call has to ask (_registrations.py).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _refuses(name: str) -> Callable[..., Any]:
     return kernel
 
 
-_library = torch.library.Library("conv1x1_ext", "IMPL")
-for _name in _OPERATORS:
-    _kernel = _refuses(_name)
-    for _key in _KEYS + _PRIVATE_KEYS * _name.startswith("_"):
-        _library.impl(_name, _kernel, _key)
+def register_all(rules: torch.library.Library) -> None:
+    for name in _OPERATORS:
+        kernel = _refuses(name)
+        for key in _KEYS + _PRIVATE_KEYS * name.startswith("_"):
+            rules.impl(name, kernel, key)

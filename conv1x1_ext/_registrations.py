@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import _autograd, _library, _vmap
+from . import _autograd, _layouts, _library, _vmap
 from ._eager import ACTIVATIONS, activation_name, decode_config
 from ._formulas import DERIVATIVES
 
@@ -26,6 +26,7 @@ assert set(DERIVATIVES) == {activation_name(a) for a in ACTIVATIONS}
 _kept = _library.registrations()
 _autograd.register_all(_kept)
 _vmap.register_all(_kept)
+_layouts.register_all(_kept)
 
 
 # ---- fake tensors -------------------------------------------------------------------------------------------------

@@ -176,6 +176,8 @@ def reference_forward(
 ) -> Tensor:
     """The same function by torch's own operators: what forward-mode AD runs, and what tests compare with."""
     conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[weight.dim() - 2]
+    if isinstance(stride, Sequence) and len(stride) == 1:  # torch's batching rule takes a list for all dimensions
+        stride = stride[0]
     z = conv(input, weight, bias, stride, groups=groups)  # type: ignore[operator]
     return apply_activation(z if residual is None else z + residual, activation)
 
