@@ -431,6 +431,16 @@ def test_a_whole_model():
     model(x).sum().backward()
 
 
+def test_a_compiled_model():
+    torch._dynamo.reset()
+    model, x = nn.Sequential(Conv1x1(C_IN, C_OUT), nn.ReLU()).eval(), image()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = compiled(x)
+        assert conv1x1_ext.prepack(compiled, x) is compiled and model[0].prepacked
+        torch.testing.assert_close(compiled(x), expected)
+
+
 def test_a_whole_model_errors():
     model, x = Model().eval(), torch.randn(2, 3, 9, 9)
     model.stem[1].train()
