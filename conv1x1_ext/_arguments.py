@@ -28,6 +28,12 @@ def integers(name: str, value: Any, owner: str = "conv1x1") -> tuple[int, ...]:
     Raises:
         TypeError: for anything else, as :func:`integer`.
     """
+    if type(value) is tuple or type(value) is list:  # what nearly every call has
+        for item in value:
+            if type(item) is not int:
+                break
+        else:
+            return tuple(value)
     items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value,)
     found = tuple(_integer(item) for item in items)
     if any(item is None for item in found):

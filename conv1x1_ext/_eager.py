@@ -237,7 +237,7 @@ def fast_avg_pool(input: Tensor, weight: Tensor, bias: Tensor | None, config: in
         return None
     if input.is_cuda:
         config |= allow_tf32(input) * TF32
-    if not needs_grad(input, weight, bias):
+    if not _grad_enabled() or not needs_grad(input, weight, bias):
         output: Tensor = _avg_pool(input, weight, bias, config)
         return output
     unwrapped = None if bias is None else _unwrap_if_dead(bias)

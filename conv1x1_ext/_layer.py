@@ -207,7 +207,7 @@ class Layer(nn.Module):
         if isinstance(conv, Layer) and not isinstance(conv, cls._stock):
             raise TypeError(
                 f"{where}: expected an initialised {name}, got {type(conv).__name__}, whose activation cannot be kept: "
-                "convert what its to_conv2d() returns"
+                "convert the first layer of what its to_conv2d() returns"
             )
         if not isinstance(conv, cls._stock) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
             raise TypeError(f"{where}: expected an initialised {name}, got {type(conv).__name__}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def prepack(model: nn.Module, example: Any, **kwargs: Any) -> Any:
     most elements counts. Layers that the run does not reach stay as they are. Buffers are as before, also where the run
     writes them. What a frozen layer refuses, and the writes to a weight that nothing can see, is told at
     :meth:`conv1x1_ext.Conv1x1.prepack`. :func:`unpack` undoes it; ``prepack`` again packs the weights as they are then.
+
+    Compiled graphs read the weights themselves, so a model that only runs compiled gains nothing.
 
     Args:
         model: in eval mode.
@@ -46,7 +49,7 @@ def prepack(model: nn.Module, example: Any, **kwargs: Any) -> Any:
     try:
         for layer in layers:  # the run needs none of them, and a stale one would raise
             layer.unpack()
-        with torch.no_grad(), _recorded(layers) as inputs, _buffers_kept(model):
+        with torch.no_grad(), _uncompiled(), _recorded(layers) as inputs, _buffers_kept(model):
             model(*(example if isinstance(example, tuple) else (example,)), **kwargs)
         if not inputs:
             raise ValueError("prepack: model: the example reaches no layer of conv1x1_ext: convert them by from_conv2d")
@@ -75,6 +78,12 @@ def unpack(model: nn.Module) -> Any:
         if isinstance(module, Layer):
             module.unpack()
     return model
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Runs compiled modules as they were written: their graphs would pass the hooks by."""
+    compiles = "torch._dynamo" in sys.modules  # which takes seconds to load
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 @contextmanager

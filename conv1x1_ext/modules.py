@@ -287,10 +287,12 @@ class Conv1x1AvgPool(_Activated):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """``activation(conv1x1(input) + bias).mean((-2, -1))``; see :func:`conv1x1_ext.conv1x1_avg_pool`."""
-        stride, padding, dilation, *_ = self._configured
-        edited = stride is not self.stride or padding is not self.padding or dilation is not self.dilation
-        if compiling() or edited:
-            self._check_pooled()
+        if compiling():  # where _configured would be a guard that eager calls break
+            self._check()
+        else:
+            stride, padding, dilation, *_ = self._configured
+            if stride is not self.stride or padding is not self.padding or dilation is not self.dilation:
+                self._configure(self.weight)  # type: ignore[arg-type]
         weight: Any
         bias: Any
         try:  # as in Layer.forward
@@ -301,11 +303,8 @@ class Conv1x1AvgPool(_Activated):
             self._packed.refuse_gradients(input, weight, bias)
         return conv1x1_avg_pool(input, weight, bias, groups=self.groups, activation=self.activation)  # type: ignore[arg-type]
 
-    def _check_pooled(self) -> None:
-        if compiling():
-            self._check()
-        else:  # and keeps what was checked
-            self._configure(self.weight)  # type: ignore[arg-type]
+    def _check(self) -> None:
+        super()._check()
         if any(s != 1 for s in positive("Conv1x1AvgPool", "stride", self.stride, 2)):
             raise ValueError(f"{type(self).__name__}: stride: expected 1, got {self.stride}")
 
@@ -321,7 +320,7 @@ class Conv1x1AvgPool(_Activated):
             TypeError, ValueError: as ``Conv1x1Act.from_conv2d``; a stride.
         """
         layer = cls._from(conv, activation)
-        layer._check_pooled()
+        layer._check()
         return layer
 
     def to_conv2d(self) -> nn.Sequential:

@@ -157,38 +157,38 @@ MUTANTS = [
     mutant(
         "packed-weight-does-not-see-writes", PACKED,
         "            or weight._version != self._version\n", "",
-        "test_prepack.py::test_a_call_after_a_change_that_torch_knows_of_raises",
+        "test_freeze.py::test_a_call_after_a_change_that_torch_knows_of_raises",
     ),
     mutant(
         "packed-weight-does-not-see-moved-storage", PACKED,
         "            or weight.data_ptr() != self._address\n", "",
-        "test_prepack.py -k change",
+        "test_freeze.py -k change",
     ),
     mutant(
         "packed-weight-lets-its-memory-be-used-again", PACKED,
         "        self._storage = weight.untyped_storage()\n", "",
-        "test_prepack.py::test_no_other_weight_comes_to_lie_at_its_address",
+        "test_freeze.py::test_no_other_weight_comes_to_lie_at_its_address",
     ),
     mutant(
         "packed-weight-where-a-gradient-is-needed", PACKED,
         "        if _eager.needs_grad(input, weight, bias, residual):\n"
         "            self.refuse_gradients(input, weight, bias, residual)\n", "",
-        "test_prepack.py::test_gradients_are_refused",
+        "test_freeze.py::test_gradients_are_refused",
     ),
     mutant(
         "training-keeps-the-packed-weight", LAYER,
         "        if mode and self._packed is not None:", "        if False:",
-        "test_prepack.py::test_what_would_make_it_stale_is_refused",
+        "test_freeze.py::test_what_would_make_it_stale_is_refused",
     ),
     mutant(
         "loading-keeps-the-packed-weight", LAYER,
         "        if self._packed is not None and given:", "        if False:",
-        "test_prepack.py::test_what_would_make_it_stale_is_refused",
+        "test_freeze.py::test_what_would_make_it_stale_is_refused",
     ),
     mutant(
         "prepack-leaves-buffers-as-the-run-left-them", PREPACK,
         "                buffer.copy_(copy)\n", "                pass\n",
-        "test_prepack.py -k whole_model",
+        "test_freeze.py -k whole_model",
     ),
     mutant(
         "module-keeps-the-config-of-another-activation", LAYER,
