@@ -35,6 +35,7 @@ compiling = torch.compiler.is_compiling
 autocasting = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
 _functorch_top = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
