@@ -31,6 +31,9 @@ _tokens: dict[str, Any] = {}  # by device type: that tensor, weakly
 _probes: dict[str, Tensor] = {}  # and what it is a cast of
 
 
+_WORTH_IT = 1 << 14  # elements: fewer are cast sooner than a region is begun, which takes 50 us
+
+
 def _forget(token: Any) -> None:
     _casts.clear()
 
@@ -54,9 +57,10 @@ def _begin(device: str) -> bool:
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, differentiably, and the same tensor each time in a region, of what torch's cache takes:
-    float32 leaves that need a gradient. A write that torch counts makes another."""
+    float32 leaves that need a gradient, if it is not small. A write that torch counts makes another."""
     if (
         compiling()
+        or t.numel() < _WORTH_IT
         or not t.requires_grad
         or not t.is_leaf
         or t.dtype != torch.float32

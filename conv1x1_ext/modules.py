@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._eager import activation_name, compiling, config_of, fast_conv1x1, function_modes
+from ._eager import activation_name, config_of, dynamo_compiling, fast_conv1x1, function_modes
 from ._packed import PackedWeight
 from .ops import conv1x1, conv1x1_avg_pool
 
@@ -78,7 +78,7 @@ class _Conv1x1Mixin(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
-        if not compiling() and not function_modes():
+        if not dynamo_compiling() and not function_modes():
             output = self._fast(input, residual)
             if output is not None:
                 return output

@@ -26,6 +26,7 @@ from ._eager import (
     autocasting,
     compiling,
     config_of,
+    dynamo_compiling,
     fast_avg_pool,
     fast_conv1x1,
     function_modes,
@@ -75,7 +76,7 @@ def conv1x1(
         ValueError: an unknown activation.
         TypeError: an argument of the wrong type.
     """
-    if not compiling() and type(weight) in PLAIN and not function_modes():
+    if not dynamo_compiling() and type(weight) in PLAIN and not function_modes():
         config = config_of(activation, stride, groups, weight)
         if config:
             output = fast_conv1x1(input, weight, bias, residual, config)
@@ -194,7 +195,7 @@ def conv1x1_avg_pool(
     Raises:
         RuntimeError, ValueError, TypeError: as :func:`conv1x1`.
     """
-    if not compiling() and activation is not None and type(weight) in PLAIN and not function_modes():
+    if not dynamo_compiling() and activation is not None and type(weight) in PLAIN and not function_modes():
         config = config_of(activation, 1, groups, weight)
         if config:
             output = fast_avg_pool(input, weight, bias, config)

@@ -40,9 +40,9 @@ class Casts:
 
 
 def pair():
-    ours, stock = Conv1x1(4, 6), nn.Conv2d(4, 6, 1)
+    ours, stock = Conv1x1(128, 128), nn.Conv2d(128, 128, 1)
     stock.load_state_dict(ours.state_dict())
-    return ours, stock, torch.randn(2, 4, 3, 5)
+    return ours, stock, torch.randn(2, 128, 3, 5)
 
 
 def test_a_weight_is_cast_once_in_a_region():
@@ -80,14 +80,15 @@ def test_a_cast_ends_with_its_region():
     kept = weakref.ref(casts.seen.pop())
     gc.collect()
     assert kept() is None
+    original = ours.weight.detach().clone()
     ours.weight.data.add_(1)  # torch does not count it
     with region(), torch.no_grad():
         expected = nn.functional.conv2d(x, ours.weight, ours.bias)
         assert not torch.equal(ours(x), before)
         torch.testing.assert_close(ours(x), expected, atol=0.05, rtol=0.02)
         torch.clear_autocast_cache()
-        ours.weight.data.sub_(1)
-        torch.testing.assert_close(ours(x), before)
+        ours.weight.data.copy_(original)
+        assert torch.equal(ours(x), before)
 
 
 def test_a_write_within_the_region_is_seen():
@@ -109,7 +110,7 @@ def test_a_call_without_gradients_leaves_those_of_the_next(mode):
         ours(x).float().sum().backward()
     with region(), torch.no_grad():
         pass
-    expected = x.to(BF16).float().sum((0, 2, 3)).expand(6, 4).reshape(6, 4, 1, 1)
+    expected = x.to(BF16).float().sum((0, 2, 3)).expand(128, 128).reshape(128, 128, 1, 1)
     torch.testing.assert_close(ours.weight.grad, expected, atol=0.2, rtol=0.02)
 
 
@@ -118,7 +119,7 @@ def test_checkpoint_in_and_around_a_region():
     x.requires_grad_()
     for layer in (ours, stock):
         with region():
-            y = checkpoint(lambda x, m=layer: m(m(x).narrow(1, 0, 4)), x, use_reentrant=False)
+            y = checkpoint(lambda x, m=layer: m(m(x)), x, use_reentrant=False)
         y.float().square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, stock.weight.grad, atol=0.3, rtol=0.1)
 
