@@ -33,10 +33,12 @@ _avg_pool_backward = direct(_ops._avg_pool_backward.default)
 
 # Asked at every call, so looked up once.
 compiling = torch.compiler.is_compiling
+dynamo_compiling = torch.compiler.is_dynamo_compiling  # cheaper; what else compiles has a dispatch mode
 autocasting = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_top = torch._C._functorch.peek_interpreter_stack
+function_modes = torch._C._len_torch_function_stack
+_functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
@@ -99,10 +101,7 @@ def decode_config(config: int, weight: Tensor) -> tuple[list[int], int, str, boo
 def transformed() -> bool:
     """Is anything between us and the kernels that must see a public operator?"""
     return (
-        _dispatch_modes() > 0
-        or _functorch_top() is not None
-        or _tracing_state() is not None
-        or forward_ad._current_level >= 0
+        _dispatch_modes() > 0 or _functorch_active() or _tracing_state() is not None or forward_ad._current_level >= 0
     )
 
 
@@ -254,7 +253,7 @@ def unobstructed(input: Tensor, bias: Tensor | None, residual: Tensor | None) ->
         and not autocasting()
         # transformed(), written out: a call costs what two of these tests cost
         and not _dispatch_modes()
-        and _functorch_top() is None
+        and not _functorch_active()
         and _tracing_state() is None
         and forward_ad._current_level < 0
     )

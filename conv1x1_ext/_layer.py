@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _conversion
 from ._arguments import check_edited
-from ._eager import compiling, config_of, plain_conv1x1, unobstructed
+from ._eager import config_of, dynamo_compiling, function_modes, plain_conv1x1, unobstructed
 from ._packed import PackedWeight
 from .ops import conv1x1
 
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(conv1x1(input) + bias + residual)``; see :func:`conv1x1_ext.conv1x1`."""
-        if not compiling():
+        if not dynamo_compiling() and not function_modes():
             weight: Any
             bias: Any
             try:  # nn.Module finds them there too, but after having looked elsewhere: 0.3 us each

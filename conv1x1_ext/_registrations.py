@@ -187,6 +187,12 @@ def _fprop_packed_fake(
     return output
 
 
+@torch.library.register_fake("conv1x1_ext::_pack_weight", lib=_kept)
+def _pack_weight_fake(input: Tensor, weight: Tensor, config: int) -> Tensor:
+    _fprop_fake(input, weight, None, None, config)
+    return input.new_empty(0, dtype=torch.uint8)  # nothing to pack: a weight without values
+
+
 @torch.library.register_fake("conv1x1_ext::_backward", lib=_kept)
 def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, config: int, wanted: int

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _library
 from ._arguments import integer, stride_tuple
+from ._autocast import cast as cast_in_region
 from ._eager import (
     PLAIN,
     activation_name,
@@ -26,7 +27,9 @@ from ._eager import (
     autocasting,
     compiling,
     config_of,
+    dynamo_compiling,
     fast_avg_pool,
+    function_modes,
     make_config,
     needs_grad,
     plain_conv1x1,
@@ -74,7 +77,7 @@ def conv1x1(
         ValueError: an unknown activation.
         TypeError: an argument of the wrong type.
     """
-    if not compiling() and type(weight) in PLAIN:
+    if not dynamo_compiling() and type(weight) in PLAIN and not function_modes():
         config = config_of(activation, stride, groups, weight)
         if config and unobstructed(input, bias, residual):
             return plain_conv1x1(input, weight, bias, residual, config)
@@ -98,12 +101,8 @@ def _public(
     return output if fused else apply_activation(output, activation)
 
 
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype)
-
-
 def autocast(
-    *tensors: Tensor | None, convert: Callable[[Tensor, torch.dtype], Tensor] = _to
+    *tensors: Tensor | None, convert: Callable[[Tensor, torch.dtype], Tensor] = cast_in_region
 ) -> tuple[Tensor | None, ...]:
     """As torch casts a convolution's arguments in an autocast region: to the region's own dtype, differentiably."""
     device = next(t.device.type for t in tensors if t is not None)
@@ -112,11 +111,11 @@ def autocast(
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(t: Tensor | None) -> Tensor | None:
+    def convert_one(t: Tensor | None) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == device
         return convert(t, dtype) if eligible and t is not None and t.dtype != dtype else t
 
-    return tuple(cast(t) for t in tensors)
+    return tuple(convert_one(t) for t in tensors)
 
 
 def _general(
@@ -201,7 +200,7 @@ def conv1x1_avg_pool(
     Raises:
         RuntimeError, ValueError, TypeError: as :func:`conv1x1`.
     """
-    if not compiling() and activation is not None and type(weight) in PLAIN:
+    if not dynamo_compiling() and activation is not None and type(weight) in PLAIN and not function_modes():
         config = config_of(activation, 1, groups, weight)
         if config:
             output = fast_avg_pool(input, weight, bias, config)
@@ -258,10 +257,16 @@ def explain(
         direction: ``"fprop"``, ``"dgrad"``, ``"wgrad"`` or ``"avg_pool"``.
 
     Raises:
-        RuntimeError, ValueError, TypeError: as :func:`conv1x1` would, and for an unknown direction.
+        RuntimeError, ValueError, TypeError: as :func:`conv1x1` would, for an unknown direction, and for meta or fake
+            tensors, for which no kernel runs.
     """
     check_tensors(input=input, weight=weight, bias=bias, residual=residual)
     name = activation_name(activation)
+    from torch._subclasses.fake_tensor import is_fake
+
+    if input.device.type not in ("cpu", "cuda") or is_fake(input):
+        where = "a fake tensor" if is_fake(input) else f"one on {input.device.type}"
+        raise RuntimeError(f"explain: input: expected a tensor on the CPU or a GPU, got {where}: no kernel would run")
     stride, groups = stride_tuple(stride), integer("groups", groups)
     with torch.no_grad():
         # Of what would be cast the plan needs no values.

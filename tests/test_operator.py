@@ -8,6 +8,7 @@ import torch
 from covering import cover, full
 from helpers import ACTIVATIONS, DEVICE, DTYPES, FLOATS, FORMATS, HALVES, conv, laid_out, opcheck, randn, stock_forward
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -312,6 +313,45 @@ def test_tensor_subclasses_see_the_functions():
     assert torch.equal(conv1x1(x, w).as_subclass(torch.Tensor), conv1x1(x.as_subclass(torch.Tensor), w))
     conv1x1_avg_pool(x, w)
     assert conv1x1 in Spy.seen and conv1x1_avg_pool in Spy.seen
+
+
+def test_a_function_mode_sees_the_function_once_with_its_arguments():
+    class Names(torch.overrides.TorchFunctionMode):
+        seen = []  # noqa: RUF012
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen.append((function, args, kwargs))
+            return function(*args, **(kwargs or {}))
+
+    x, w = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 1, 1)
+    layer, head = conv1x1_ext.Conv1x1(3, 2, 2, activation="relu"), conv1x1_ext.Conv1x1AvgPool(3, 2)
+    calls = [
+        (conv1x1, lambda: conv1x1(x, w, stride=2, activation="silu"), (2, "silu")),
+        (conv1x1, lambda: layer(x), ((2, 2), "relu")),
+        (conv1x1_avg_pool, lambda: conv1x1_avg_pool(x, w, activation="gelu"), ("gelu",)),
+        (conv1x1_avg_pool, lambda: head(x), ("relu",)),
+    ]
+    for function, call, expected in calls:
+        Names.seen.clear()
+        with Names():
+            y = call()
+        assert torch.equal(y, call())
+        ((found, args, kwargs),) = Names.seen
+        assert found is function and args[0] is x and all(e in [*args, *kwargs.values()] for e in expected if e != 2)
+        assert 2 not in expected or args[3] == 2
+
+
+def test_meta_and_fake_tensors_have_no_plan_and_nothing_to_pack():
+    for mode in (torch.device("meta"), FakeTensorMode()):
+        with mode:
+            layer = conv1x1_ext.Conv1x1(256, 128).eval()
+            x = torch.randn(1, 256, 2, 2).to(memory_format=torch.channels_last)
+            with pytest.raises(RuntimeError, match="explain: input: expected a tensor on the CPU or a GPU"):
+                conv1x1_ext.explain(x, layer.weight)
+        if x.is_meta:
+            assert not layer.prepack(x).prepacked and layer(x).shape == (1, 128, 2, 2)
+            with pytest.raises(RuntimeError, match="channels"):
+                layer.prepack(x[:, :5])
 
 
 @pytest.mark.parametrize("stride,groups", [(1, 1), (2, 1), (1, 2), ((2, 3), 2)], ids=str)
