@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._arguments import integer, layer_arguments, positive
 from ._conversion import activation_module, stock_convolution, take
-from ._eager import activation_name, compiling
+from ._eager import activation_name, compiling, function_modes
 from ._layer import Layer
 from .ops import conv1x1_avg_pool
 
@@ -287,7 +287,7 @@ class Conv1x1AvgPool(_Activated):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """``activation(conv1x1(input) + bias).mean((-2, -1))``; see :func:`conv1x1_ext.conv1x1_avg_pool`."""
-        if compiling():  # where _configured would be a guard that eager calls break
+        if compiling() or function_modes():  # _configured would be a guard that eager calls break; or be seen
             self._check()
         else:
             stride, padding, dilation, *_ = self._configured

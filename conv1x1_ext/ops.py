@@ -127,13 +127,13 @@ def _general(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
-    check_tensors(input=input, weight=weight, bias=bias, residual=residual)
-    if has_torch_function_variadic(input, weight, bias, residual):
+    if has_torch_function_variadic(input, weight, bias, residual):  # first: a function mode sees what a check asks
         tensors = tuple(t for t in (input, weight, bias, residual) if t is not None)
         handled: Tensor = handle_torch_function(
             conv1x1, tensors, input, weight, bias, stride, groups=groups, activation=activation, residual=residual
         )
         return handled
+    check_tensors(input=input, weight=weight, bias=bias, residual=residual)
     activation_name(activation)
     stride, groups = stride_tuple(stride), integer("groups", groups)
     if compiling() or autocasting():
@@ -206,13 +206,13 @@ def conv1x1_avg_pool(
             output = fast_avg_pool(input, weight, bias, config)
             if output is not None:
                 return output
-    check_tensors(input=input, weight=weight, bias=bias)
     if has_torch_function_variadic(input, weight, bias) and not compiling():
         tensors = tuple(t for t in (input, weight, bias) if t is not None)
         handled: Tensor = handle_torch_function(
             conv1x1_avg_pool, tensors, input, weight, bias, groups=groups, activation=activation
         )
         return handled
+    check_tensors(input=input, weight=weight, bias=bias)
     name = activation_name(activation)
     groups = integer("groups", groups)
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from conv1x1_ext import Conv1x1, Conv1x1AvgPool
+from conv1x1_ext import Conv1x1Act, Conv1x1AvgPool
 
 pytestmark = pytest.mark.cpu_only(reason="the threads and processes share the CPU")
 
 
 def model():
     return nn.Sequential(
-        Conv1x1(8, 16, activation="relu"), Conv1x1(16, 16, 2, 2, activation="silu"), Conv1x1AvgPool(16, 4)
+        Conv1x1Act(8, 16, activation="relu"),
+        Conv1x1Act(16, 16, stride=2, groups=2, activation="silu"),
+        Conv1x1AvgPool(16, 4),
     )
 
 
