@@ -36,8 +36,8 @@ from cuda_toolkit import find_nvcc, find_sanitizer  # noqa: E402
 NOT_HERE = (
     "test_amx", "test_bench", "test_determinism", "test_groups", "test_isa", "test_microkernels", "test_packed_weight",
     "test_parts", "test_prepack", "test_cuda_build", "test_cuda_emulated", "test_cuda_on_cpu_shim", "test_gpu_check",
-    "test_cuda_ptx", "test_covering", "test_freeze", "test_object_cache", "test_mutants", "test_sources", "test_autocast",
-    "test_packed_code", "test_shared",
+    "test_cuda_ptx", "test_covering", "test_freeze", "test_object_cache", "test_mutants", "test_sources",
+    "test_autocast", "test_packed_code", "test_shared",
 )  # fmt: skip
 # The longest first, so that no process is left with one at the end.
 LONGEST = ("test_cuda", "test_operator", "test_fprop", "test_strides", "test_wgrad", "test_avg_pool", "test_dgrad")
